@@ -1,0 +1,288 @@
+"""What Hermes adds to gunicorn's arbiter: slots, and a dispatcher per listener.
+
+gunicorn offers no place for a plugin in its arbiter but the server hooks. Ours
+run before the user's own, which are still called:
+
+    when_ready    the listeners exist: set up dispatch for each (or say why not)
+    pre_fork      a worker is about to be forked: give it a slot and its listeners
+    child_exit    it was reaped: take the slot back
+    pre_exec      USR2: let the next arbiter have the shared listeners
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from gunicorn import sock
+
+from hermes_gunicorn import settings
+from hermes_gunicorn.dispatch.kernel import KernelDispatcher, KernelTable
+from hermes_gunicorn.errors import StrictError, Unsupported
+from hermes_gunicorn.table import MAX_SLOTS, SHARED_SLOT, Publisher, Table
+
+if TYPE_CHECKING:
+    from gunicorn.arbiter import Arbiter
+    from gunicorn.config import Config
+    from gunicorn.sock import BaseSocket
+    from gunicorn.workers.base import Worker
+
+    from hermes_gunicorn.dispatch import Dispatcher
+
+__all__ = ["Assignment", "Coordinator", "install"]
+
+_MIN_ROWS = 256  # 32 KiB; enough for HUP, which doubles the workers, and many a TTIN
+_ROWS_PER_WORKER = 4
+
+
+class Assignment:
+    """A worker's place, made in the arbiter and taken up after the fork.
+
+    Attributes:
+        slot: its row; None when the table is full.
+        exclusive: for each of ``worker.sockets``, whether it is the slot's own.
+    """
+
+    def __init__(self, coordinator: Coordinator, slot: int | None, exclusive: list[bool]) -> None:
+        self.slot = slot
+        self.exclusive = exclusive
+        self._coordinator = coordinator
+
+    def take_up(self) -> Publisher:
+        """In the worker: drop what belongs to others and get the pen for the row."""
+        for dispatcher in self._coordinator.dispatchers.values():
+            dispatcher.keep_only(SHARED_SLOT if self.slot is None else self.slot)
+        if self._coordinator.kernel is not None:
+            self._coordinator.kernel.close()
+        if self.slot is None:
+            return Publisher.unseen()
+        return Publisher(self._coordinator.table, self.slot)
+
+
+class Coordinator:
+    """Slots and dispatchers of one arbiter.
+
+    Args:
+        server: gunicorn's arbiter, with its listeners open.
+
+    Attributes:
+        table: the worker status table, the kernel's or an anonymous one.
+        kernel: what the dispatchers share, or None without kernel dispatch.
+        dispatchers: by listener; a listener without one is shared as in stock gunicorn.
+    """
+
+    def __init__(self, server: Arbiter) -> None:
+        self.server = server
+        self.kernel: KernelTable | None = None
+        self.dispatchers: dict[BaseSocket, Dispatcher] = {}
+        self._owners: dict[int, Worker] = {}
+        self._listeners: list[BaseSocket] = []
+        self._obstacle: Unsupported | None = None
+        rows = min(MAX_SLOTS, max(_MIN_ROWS, _ROWS_PER_WORKER * server.cfg.workers))
+        try:
+            self.kernel = KernelTable(server.cfg.hermes_loader, rows)
+            self.table = self.kernel.table
+        except Unsupported as error:
+            self._obstacle = error
+            self.table = Table.anonymous(rows)
+        self.table.slots = 1
+        self._follow_setup()
+
+    def _follow_setup(self) -> None:
+        """Keep our hooks in the configurations that HUP brings, whatever their worker class."""
+        setup = self.server.setup
+
+        def setup_and_install(app: Any) -> None:
+            setup(app)
+            install(self.server.cfg)
+
+        self.server.setup = setup_and_install
+
+    def prepare(self, strict: bool = False) -> None:
+        """Make the dispatchers fit the arbiter's listeners and settings.
+
+        Raises:
+            StrictError: ``strict``, and a listener cannot be dispatched to.
+        """
+        self.table.hang_threshold_ns = round(self.server.cfg.hermes_hang_threshold * 1e9)
+        if self._listeners == self.server.LISTENERS:
+            return
+        # Those of an address that HUP took away were closed with their listener.
+        self._listeners = list(self.server.LISTENERS)
+        self.dispatchers = {
+            listener: dispatcher
+            for listener, dispatcher in self.dispatchers.items()
+            if listener in self._listeners
+        }
+        for listener in self._listeners:
+            if listener in self.dispatchers:
+                continue
+            try:
+                self.dispatchers[listener] = self._dispatcher(listener)
+            except Unsupported as error:
+                if strict:
+                    raise StrictError(
+                        f"no kernel dispatch on {listener}: {error} (hermes_strict is set)"
+                    ) from error
+                self.server.log.warning(
+                    "hermes: no kernel dispatch on %s: %s; %s. Its connections are shared as by"
+                    " the plain gevent worker.",
+                    listener,
+                    error.reason,
+                    error.remedy,
+                )
+        self._report()
+
+    def _dispatcher(self, listener: BaseSocket) -> KernelDispatcher:
+        if not isinstance(listener, sock.TCPSocket):
+            raise Unsupported(
+                "the kernel can choose between listeners of TCP only",
+                "bind a TCP address beside or instead of it",
+            )
+        if self.kernel is None:
+            assert self._obstacle is not None
+            raise self._obstacle
+        return KernelDispatcher(listener, self.kernel)
+
+    def _report(self) -> None:
+        if self.kernel is None or not self.dispatchers:
+            return
+        migrates = all(dispatcher.migrates for dispatcher in self.dispatchers.values())
+        self.server.log.info(
+            "hermes: kernel dispatch on %s (loader %s, policy least_loaded, hang threshold %g s,"
+            " migration %s, %d workers, %d slots)",
+            ", ".join(map(str, self.dispatchers)),
+            self.kernel.loader,
+            self.server.cfg.hermes_hang_threshold,
+            "on" if migrates else "off",
+            self.server.num_workers,
+            self.table.capacity - 1,
+        )
+
+    def assign(self, worker: Worker) -> Assignment:
+        """Give a worker a slot and its listeners, before it is forked."""
+        slot = self._free_slot()
+        sockets: list[BaseSocket] = []
+        exclusive: list[bool] = []
+        if slot is None:
+            self.server.log.warning(
+                "hermes: all %d slots are taken; the worker serves only what no other can",
+                self.table.capacity - 1,
+            )
+        else:
+            self._owners[slot] = worker
+            self.table.slots = max(self.table.slots, slot + 1)
+            self.table.claim(slot, self._waiting(slot))
+            for dispatcher in self.dispatchers.values():
+                sockets.append(dispatcher.open_slot(slot))
+                exclusive.append(True)
+        # Behind a slot's own listeners all that workers share, to be used as well.
+        sockets += self._listeners
+        exclusive += [False] * len(self._listeners)
+        worker.sockets = sockets
+        return Assignment(self, slot, exclusive)
+
+    def release(self, worker: Worker) -> None:
+        """Take a dead worker's slot back."""
+        for slot, owner in list(self._owners.items()):
+            if owner is worker:
+                del self._owners[slot]
+                for dispatcher in self.dispatchers.values():
+                    dispatcher.close_slot(slot)
+                self.table.release(slot)
+
+    def hand_over(self) -> None:
+        """Make way for the arbiter that is about to be executed."""
+        for dispatcher in self.dispatchers.values():
+            dispatcher.hand_over()
+
+    def _waiting(self, slot: int) -> int:
+        return sum(dispatcher.waiting(slot) for dispatcher in self.dispatchers.values())
+
+    def _free_slot(self) -> int | None:
+        """Choose a slot for a new owner: one where connections wait, else the lowest."""
+        alive = {id(worker) for worker in self.server.WORKERS.values()}
+        for owner in list(self._owners.values()):
+            # gunicorn drops a worker it cannot signal without calling child_exit.
+            if id(owner) not in alive:
+                self.release(owner)
+        free = [s for s in range(SHARED_SLOT + 1, self.table.capacity) if s not in self._owners]
+        return max(free, key=lambda slot: (self._waiting(slot), -slot), default=None)
+
+
+def _coordinator(server: Arbiter) -> Coordinator:
+    """Return the arbiter's coordinator, made at the first call."""
+    coordinator = getattr(server, "hermes", None)
+    if coordinator is None:
+        coordinator = server.hermes = Coordinator(server)
+    return coordinator
+
+
+def _when_ready(server: Arbiter) -> None:
+    try:
+        _coordinator(server).prepare(strict=bool(server.cfg.hermes_strict))
+    except StrictError:
+        # gunicorn prints the error and exits; leave nothing behind.
+        server.stop(False)
+        if server.pidfile is not None:
+            server.pidfile.unlink()
+        raise
+
+
+def _pre_fork(server: Arbiter, worker: Worker) -> None:
+    if not hasattr(worker, "assignment"):
+        return  # HUP brought another worker class
+    if server.cfg.reuse_port:
+        server.log.warning("hermes: ignoring reuse_port, which HUP has switched on")
+        server.cfg.set("reuse_port", False)
+    coordinator = _coordinator(server)
+    coordinator.prepare()
+    worker.assignment = coordinator.assign(worker)
+
+
+def _child_exit(server: Arbiter, worker: Worker) -> None:
+    if hasattr(server, "hermes"):
+        server.hermes.release(worker)
+
+
+def _pre_exec(server: Arbiter) -> None:
+    if hasattr(server, "hermes"):
+        server.hermes.hand_over()
+
+
+_HOOKS: dict[str, Callable[..., None]] = {
+    "when_ready": _when_ready,
+    "pre_fork": _pre_fork,
+    "child_exit": _child_exit,
+    "pre_exec": _pre_exec,
+}
+
+
+def _chain(ours: Callable[..., None], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(theirs)
+    def hook(server: Arbiter, *args: Any) -> Any:
+        try:
+            ours(server, *args)
+        except StrictError:
+            raise
+        except Exception:
+            # Plain gunicorn behaviour is what is left when we fail.
+            server.log.exception("hermes: error in %s", ours.__name__)
+        return theirs(server, *args)
+
+    hook.hermes = True  # type: ignore[attr-defined]
+    return hook
+
+
+def install(cfg: Config) -> None:
+    """Put our hooks in front of the user's; more than once is harmless.
+
+    Raises:
+        ValueError: a ``hermes_*`` value is not valid.
+    """
+    settings.ensure(cfg)
+    for name, ours in _HOOKS.items():
+        setting = cfg.settings[name]
+        if not hasattr(setting.value, "hermes"):
+            setting.value = _chain(ours, setting.value)

@@ -1,0 +1,235 @@
+"""Kernel dispatch: a reuseport group per bind address, with our program on it.
+
+gunicorn's own listener stays what it is, the first member of the group and the
+one that all workers share (slot 0). Every other slot has a listener of its own,
+bound beside it by the arbiter and kept open by it from owner to owner, so what
+waits on a crashed worker's listener is still there for the next.
+
+A slot's listener is in the socket array exactly while the slot has an owner.
+The table is writable by all workers, the array is not: whatever the table says,
+the program can only select a listener that somebody serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from typing import TYPE_CHECKING
+
+from hermes_gunicorn import loader
+from hermes_gunicorn.errors import BpfError, Unsupported
+from hermes_gunicorn.listener import waiting
+from hermes_gunicorn.loader import syscall
+from hermes_gunicorn.table import BIND, CONTROL, SHARED_SLOT, WORKER, Table
+
+if TYPE_CHECKING:
+    from gunicorn.sock import BaseSocket
+
+__all__ = ["KernelDispatcher", "KernelTable"]
+
+_SO_REUSEPORT = getattr(socket, "SO_REUSEPORT", 15)
+_PRIVILEGE = (
+    "run it with CAP_BPF (systemd: AmbientCapabilities=CAP_BPF; docker: --cap-add BPF;"
+    " before Linux 5.8: CAP_SYS_ADMIN)"
+)
+_KERNEL = "Linux 5.5 or later is needed"
+
+
+def _unsupported(error: OSError) -> Unsupported:
+    """Say why the kernel refused, and what would help."""
+    if error.errno in (errno.EPERM, errno.EACCES) and not getattr(error, "log", ""):
+        return Unsupported(f"no permission to use eBPF ({error})", _PRIVILEGE)
+    if error.errno == errno.ENOSYS:
+        return Unsupported("this kernel has no eBPF", _KERNEL)
+    return Unsupported(str(error), _KERNEL)
+
+
+class KernelTable:
+    """The program and the maps that all bind addresses share.
+
+    Args:
+        choice: which loader, one of ``loader.LOADERS``.
+        slots: rows of the table, slot 0 included.
+
+    Attributes:
+        table: the worker status table, as the kernel program reads it.
+        loader: the name of the loader in use.
+
+    Raises:
+        Unsupported: kernel dispatch is not to be had; says why and what helps.
+    """
+
+    def __init__(self, choice: str, slots: int) -> None:
+        self.slots = slots
+        self._maps: dict[str, syscall.Map] = {}
+        try:
+            for name, size, entries in (
+                (CONTROL.name, CONTROL.size, 1),
+                ("hermes_workers", WORKER.size, slots),
+            ):
+                self._maps[name] = syscall.Map(
+                    name, syscall.MAP_TYPE_ARRAY, size, entries, syscall.F_MMAPABLE
+                )
+            self.program, self.loader = loader.load(choice)
+            self.table = Table(*(map.mmap() for map in self._maps.values()))
+        except BpfError as error:
+            self.close()
+            raise _unsupported(error) from error
+        except Unsupported:
+            self.close()
+            raise
+
+    def maps(self) -> dict[str, syscall.Map]:
+        """Return the shared maps by name."""
+        return dict(self._maps)
+
+    def close(self) -> None:
+        """Give up the fds. The maps live on while a program or a mapping uses them."""
+        for map in self._maps.values():
+            map.close()
+
+
+class KernelDispatcher:
+    """One bind address: its listeners, its socket array, its program.
+
+    Args:
+        shared: gunicorn's own listener, a TCP one.
+        kernel: the shared part.
+
+    Attributes:
+        migrates: whether the kernel moves a closing listener's queue to others.
+        counters: ``struct hermes_bind``, an array of 64-bit words.
+
+    Raises:
+        Unsupported: not for this listener; it is then as it was before.
+    """
+
+    def __init__(self, shared: BaseSocket, kernel: KernelTable) -> None:
+        self._shared = shared
+        self._listeners: dict[int, BaseSocket] = {}
+        self._maps: list[syscall.Map] = []
+        self.program_fd = -1
+        reuseport = shared.sock.getsockopt(socket.SOL_SOCKET, _SO_REUSEPORT)
+        try:
+            self._load(kernel)
+            self._attach()
+        except (OSError, Unsupported) as error:
+            self.close()
+            with contextlib.suppress(OSError):
+                shared.sock.setsockopt(socket.SOL_SOCKET, _SO_REUSEPORT, reuseport)
+            if isinstance(error, Unsupported):
+                raise
+            raise _unsupported(error) from error
+        self._close_with_shared()
+
+    def _close_with_shared(self) -> None:
+        """When the arbiter closes its listener, for good or for a new address, follow."""
+        close_shared = self._shared.close
+
+        def close() -> None:
+            self.close()
+            close_shared()
+
+        self._shared.close = close
+
+    def _load(self, kernel: KernelTable) -> None:
+        counters = syscall.Map(BIND.name, syscall.MAP_TYPE_ARRAY, BIND.size, 1, syscall.F_MMAPABLE)
+        self._maps.append(counters)
+        self._array = syscall.Map(
+            "hermes_listeners", syscall.MAP_TYPE_REUSEPORT_SOCKARRAY, 8, kernel.slots
+        )
+        self._maps.append(self._array)
+        maps = kernel.maps() | {map.name: map for map in self._maps}
+        self.program_fd, self.migrates = syscall.load_program(kernel.program, maps)
+        self.counters = memoryview(counters.mmap())[: BIND.size].cast("Q")
+
+    def _attach(self) -> None:
+        """Make gunicorn's listener the first of a group and hand the group to the program.
+
+        A listener that was bound alone has no group until a sibling listens, and
+        until then attaching answers EINVAL. For the moment between the two, the
+        kernel hashes over both; the sibling belongs to the first worker to be.
+        """
+        sock = self._shared.sock
+        sock.setsockopt(socket.SOL_SOCKET, _SO_REUSEPORT, 1)
+        self._listeners[SHARED_SLOT + 1] = self._open_sibling()
+        self._array.update(SHARED_SLOT, sock.fileno())
+        syscall.attach_reuseport(sock, self.program_fd)
+
+    def _open_sibling(self) -> BaseSocket:
+        """Bind one more listener to the address, as gunicorn's own is bound."""
+        own = self._shared.sock
+        sibling = socket.socket(own.family, own.type)
+        try:
+            sibling.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sibling.setsockopt(socket.SOL_SOCKET, _SO_REUSEPORT, 1)
+            if own.family == socket.AF_INET6:
+                v6only = own.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+                sibling.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6only)
+            device = own.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
+            if device.strip(b"\0"):
+                sibling.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+            address = own.getsockname()
+            sibling.bind(address)
+        except OSError as error:
+            sibling.close()
+            if error.errno == errno.EADDRINUSE:
+                raise Unsupported(
+                    f"cannot bind a second listener to {self._shared}",
+                    "the socket must belong to the user that runs gunicorn",
+                ) from error
+            raise
+        # gunicorn's class sets the options, the backlog, and makes it listen.
+        shared = self._shared
+        listener = type(shared)(address, shared.conf, shared.log, fd=sibling.detach())
+        listener.sock.set_inheritable(False)  # not across USR2's exec; forks have it anyway
+        return listener
+
+    def open_slot(self, slot: int) -> BaseSocket:
+        """Return the slot's listener, opened if need be, and dispatch to it."""
+        listener = self._listeners.get(slot)
+        if listener is None:
+            listener = self._listeners[slot] = self._open_sibling()
+        self._array.update(slot, listener.fileno())
+        return listener
+
+    def close_slot(self, slot: int) -> None:
+        """Stop dispatching to the slot; its listener keeps what waits there."""
+        if self._maps:  # not when gunicorn has closed the address already
+            self._array.delete(slot)
+
+    def waiting(self, slot: int) -> int:
+        """Count the connections that wait on the slot's listener."""
+        listener = self._listeners.get(slot)
+        return waiting(listener) if listener else 0
+
+    def keep_only(self, slot: int) -> None:
+        """In a worker: close what belongs to the arbiter and to other slots."""
+        for other in [other for other in self._listeners if other != slot]:
+            self._listeners.pop(other).close()
+        self._close_kernel_side()
+
+    def hand_over(self) -> None:
+        """Let another arbiter put the shared listener into its socket array.
+
+        A socket can be in one array only.
+        """
+        self.close_slot(SHARED_SLOT)
+
+    def close(self) -> None:
+        """Give up the siblings, the program and the maps."""
+        for listener in self._listeners.values():
+            listener.close()
+        self._listeners.clear()
+        self._close_kernel_side()
+
+    def _close_kernel_side(self) -> None:
+        # The reuseport group keeps the program, the program keeps the maps.
+        for map in self._maps:
+            map.close()
+        self._maps.clear()
+        if self.program_fd >= 0:
+            os.close(self.program_fd)
+            self.program_fd = -1

@@ -1,0 +1,231 @@
+"""bpf(2) through ctypes: just the commands this project needs.
+
+Sources: include/uapi/linux/bpf.h, kernel/bpf/syscall.c. No library stands in
+between, because a server's arbiter should not carry one to make four calls.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import platform
+import socket
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from hermes_gunicorn.errors import BpfError, Unsupported
+
+if TYPE_CHECKING:
+    from hermes_gunicorn.loader.program import Program
+
+__all__ = ["Map", "ProgramStats", "attach_reuseport", "load_program", "program_stats"]
+
+# bpf(2) by machine; 64-bit userland only, as the attributes carry 64-bit pointers.
+_SYSCALL_NUMBER = {
+    "x86_64": 321,
+    "aarch64": 280,
+    "riscv64": 280,
+    "loongarch64": 280,
+    "ppc64le": 361,
+    "s390x": 351,
+}
+
+_MAP_CREATE, _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM = range(4)
+_PROG_LOAD = 5
+_OBJ_GET_INFO_BY_FD = 15
+
+MAP_TYPE_ARRAY = 2
+MAP_TYPE_REUSEPORT_SOCKARRAY = 20
+F_MMAPABLE = 1 << 10
+_PROG_TYPE_SK_REUSEPORT = 21
+_ATTACH_SK_REUSEPORT_SELECT_OR_MIGRATE = 39
+
+_SO_ATTACH_REUSEPORT_EBPF = getattr(socket, "SO_ATTACH_REUSEPORT_EBPF", 52)
+
+_ATTR_SIZE = 120  # of union bpf_attr as far as we fill it; the kernel takes less or more
+_LOG_SIZE = (1 << 24) - 1  # the most that older kernels take
+_NAME_MAX = 15
+
+
+_syscall: Callable[..., int] | None = None
+
+
+def _bpf(command: int, attributes: bytes, call: str) -> int:
+    """Call bpf(2).
+
+    Raises:
+        Unsupported: this is no system that has the call.
+        BpfError: the kernel refused.
+    """
+    global _syscall
+    if _syscall is None:
+        number = _SYSCALL_NUMBER.get(platform.machine())
+        if platform.system() != "Linux" or number is None:
+            raise Unsupported(
+                f"no eBPF on {platform.system()} {platform.machine()}",
+                "kernel dispatch needs 64-bit Linux",
+            )
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.syscall.restype = ctypes.c_long
+
+        def syscall(command: int, buffer: ctypes.Array[ctypes.c_char]) -> int:
+            return int(libc.syscall(number, command, buffer, ctypes.c_uint(len(buffer))))
+
+        _syscall = syscall
+    result = _syscall(command, ctypes.create_string_buffer(attributes, _ATTR_SIZE))
+    if result < 0:
+        raise BpfError(ctypes.get_errno(), call)
+    return result
+
+
+def _address(buffer: ctypes.Array[ctypes.c_char]) -> int:
+    return ctypes.addressof(buffer)
+
+
+class Map:
+    """A BPF array: created, updated by index, mapped into memory.
+
+    Args:
+        name: at most 15 characters count, as in the kernel.
+        type: ``MAP_TYPE_ARRAY`` or ``MAP_TYPE_REUSEPORT_SOCKARRAY``.
+        value_size: bytes.
+        entries: number of elements.
+        flags: ``F_MMAPABLE`` for ``mmap``.
+
+    Raises:
+        BpfError: EPERM without CAP_BPF, EINVAL where the kernel lacks the type.
+    """
+
+    def __init__(self, name: str, type: int, value_size: int, entries: int, flags: int = 0) -> None:
+        self.name = name
+        self.value_size = value_size
+        self.entries = entries
+        attributes = struct.pack(
+            "=IIIIIII16s", type, 4, value_size, entries, flags, 0, 0, name.encode()[:_NAME_MAX]
+        )
+        self.fd = _bpf(_MAP_CREATE, attributes, f"create map {name}")
+        os.set_inheritable(self.fd, False)
+
+    def _element(self, command: int, index: int, value: bytes | None = None) -> bytes:
+        key = ctypes.create_string_buffer(struct.pack("=I", index), 4)
+        buffer = None if value is None else ctypes.create_string_buffer(value, len(value))
+        attributes = struct.pack(
+            "=IxxxxQQQ", self.fd, _address(key), _address(buffer) if buffer else 0, 0
+        )
+        _bpf(command, attributes, f"map {self.name}[{index}]")
+        return buffer.raw if buffer else b""
+
+    def lookup(self, index: int) -> bytes:
+        """Read one element."""
+        return self._element(_MAP_LOOKUP_ELEM, index, bytes(self.value_size))
+
+    def update(self, index: int, value: int) -> None:
+        """Store a 64-bit value; in a socket array the value is a listener's fd."""
+        self._element(_MAP_UPDATE_ELEM, index, struct.pack("=Q", value))
+
+    def delete(self, index: int) -> None:
+        """Empty one element of a socket array; nothing happens if it is empty."""
+        try:
+            self._element(_MAP_DELETE_ELEM, index)
+        except BpfError as error:
+            if error.errno != errno.ENOENT:
+                raise
+
+    def mmap(self) -> mmap.mmap:
+        """Map the whole array, shared and writable; elements follow each other."""
+        return mmap.mmap(self.fd, self.value_size * self.entries)
+
+    def close(self) -> None:
+        """Give up the fd; the kernel keeps the map while a program uses it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def load_program(program: Program, maps: dict[str, Map]) -> tuple[int, bool]:
+    """Load a sk_reuseport program with its maps.
+
+    Tries the attach type that also migrates a closing listener's queue (5.14+)
+    and does without where the kernel does not know it.
+
+    Returns:
+        The program's fd, and whether it migrates.
+
+    Raises:
+        BpfError: with the verifier's log.
+    """
+    instructions = program.relocated({name: map.fd for name, map in maps.items()})
+    try:
+        return _load(program, instructions, _ATTACH_SK_REUSEPORT_SELECT_OR_MIGRATE), True
+    except BpfError as error:
+        if error.errno != errno.EINVAL or error.log.strip():
+            raise
+    return _load(program, instructions, 0), False
+
+
+def _load(program: Program, instructions: bytes, attach_type: int, log_size: int = 0) -> int:
+    code = ctypes.create_string_buffer(instructions, len(instructions))
+    license = ctypes.create_string_buffer(program.license)
+    log = ctypes.create_string_buffer(max(log_size, 1))
+    attributes = struct.pack(
+        "=IIQQIIQII16sII",
+        _PROG_TYPE_SK_REUSEPORT,
+        len(instructions) // 8,
+        _address(code),
+        _address(license),
+        1 if log_size else 0,
+        log_size,
+        _address(log) if log_size else 0,
+        0,
+        0,
+        program.name.encode()[:_NAME_MAX],
+        0,
+        attach_type,
+    )
+    try:
+        fd = _bpf(_PROG_LOAD, attributes, f"load program {program.name}")
+    except BpfError as error:
+        if not log_size:
+            # Once more for the verifier's words, which cost nothing when all is well.
+            return _load(program, instructions, attach_type, _LOG_SIZE)
+        error.log = log.value.decode(errors="replace")
+        raise
+    os.set_inheritable(fd, False)
+    return fd
+
+
+def attach_reuseport(sock: socket.socket, program_fd: int) -> None:
+    """Attach the program to the socket's reuseport group, in place of any other.
+
+    Raises:
+        OSError: EINVAL when the socket has no group yet.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_EBPF, program_fd)
+
+
+class ProgramStats:
+    """What the kernel counted for a program while ``kernel.bpf_stats_enabled`` was 1.
+
+    Attributes:
+        runs: how often it ran.
+        run_time_ns: how long that took together.
+        verified_instructions: how many the verifier walked (5.16+, else 0).
+    """
+
+    def __init__(self, runs: int, run_time_ns: int, verified_instructions: int) -> None:
+        self.runs = runs
+        self.run_time_ns = run_time_ns
+        self.verified_instructions = verified_instructions
+
+
+def program_stats(program_fd: int) -> ProgramStats:
+    """Read a loaded program's statistics (struct bpf_prog_info)."""
+    info = ctypes.create_string_buffer(256)
+    attributes = struct.pack("=IIQ", program_fd, len(info), _address(info))
+    _bpf(_OBJ_GET_INFO_BY_FD, attributes, "program info")
+    run_time_ns, runs = struct.unpack_from("=QQ", info, 192)
+    (verified,) = struct.unpack_from("=I", info, 216)
+    return ProgramStats(runs, run_time_ns, verified)

@@ -1,0 +1,1 @@
+"""One thin module per gunicorn worker class, and the mixin they share."""

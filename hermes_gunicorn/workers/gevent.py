@@ -1,0 +1,142 @@
+"""``hermes``: gunicorn's gevent worker, with its state published.
+
+Every hook into gevent is a point the loop passes anyway: the edges of poll, the
+accept of a connection, its end.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import gevent
+from gevent.hub import get_hub
+from gevent.pool import Pool
+from gevent.server import StreamServer
+from gunicorn.sock import ssl_context
+from gunicorn.workers import ggevent
+
+from hermes_gunicorn.listener import waiting
+from hermes_gunicorn.table import Publisher
+from hermes_gunicorn.workers.mixin import HermesMixin
+
+__all__ = ["HermesGeventWorker"]
+
+_HANDSHAKE_GRACE = 1.0  # seconds: a connection sent here may still be on its way
+_QUIET_NS = 3_000_000_000  # without a dispatch for so long, none is on its way
+_LAST, _FIRST = -2, 2  # libev's priorities
+
+
+class _PublishingServer(StreamServer):  # type: ignore[misc]
+    """Counts what it accepts and what it closes."""
+
+    publisher: Publisher
+    exclusive: bool
+
+    def do_read(self) -> Any:
+        connection = super().do_read()
+        if connection:
+            if self.exclusive:
+                self.publisher.took_own()
+            self.publisher.opened()
+        return connection
+
+    def do_close(self, *connection: Any) -> None:
+        self.publisher.closed()
+        super().do_close(*connection)
+
+
+class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[misc]
+    """gunicorn's gevent worker with a slot of its own."""
+
+    def run(self) -> None:
+        """Serve until told to stop, then drain. Follows ``GeventWorker.run``."""
+        self._watch_poll()
+        servers = self._start_servers()
+        self.publisher.ready(self.worker_connections)
+        while self.alive:
+            self.notify()
+            self._settle(servers)
+            gevent.sleep(1.0)
+        try:
+            self._drain(servers)
+        except Exception:
+            self.log.exception("hermes: error while draining")
+
+    def _watch_poll(self) -> None:
+        """Have both edges of poll published.
+
+        gevent runs its callbacks, and with them greenlets, in a prepare watcher of
+        its own: ours comes after it, and before all that poll has found.
+        """
+        loop = get_hub().loop
+        self._poll_watchers = (
+            loop.prepare(ref=False, priority=_LAST),
+            loop.check(ref=False, priority=_FIRST),
+        )
+        before, after = self._poll_watchers
+        before.start(self.publisher.polls)
+        after.start(self.publisher.woke)
+
+    def _start_servers(self) -> list[_PublishingServer]:
+        ssl_args = {"ssl_context": ssl_context(self.cfg)} if self.cfg.is_ssl else {}
+        pools: dict[Any, Pool] = {}
+        servers = []
+        for sock, exclusive in zip(self.sockets, self.exclusive(), strict=True):
+            sock.setblocking(1)
+            # As in stock gunicorn worker_connections holds for each bind address,
+            # of which the slot's own listener and the shared one are two ends.
+            pool = pools.setdefault(sock.getsockname(), Pool(self.worker_connections))
+            server = _PublishingServer(sock, handle=partial(self.handle, sock), spawn=pool, **ssl_args)
+            server.publisher = self.publisher
+            server.exclusive = exclusive
+            if not exclusive and self.cfg.workers > 1:
+                server.max_accept = 1
+            server.start()
+            servers.append(server)
+        return servers
+
+    def _settle(self, servers: list[_PublishingServer]) -> None:
+        """Write off connections that were sent here but never came."""
+        publisher = self.publisher
+        if publisher.drifted and not any(waiting(s.socket) for s in servers if s.exclusive):
+            publisher.settle(_QUIET_NS)
+
+    def _drain(self, servers: list[_PublishingServer]) -> None:
+        """Leave without losing a connection: stop being chosen, take the rest, finish."""
+        self.publisher.draining()
+        for server in servers:
+            if not server.exclusive:
+                server.close()
+        deadline = time.monotonic() + min(_HANDSHAKE_GRACE, self.cfg.graceful_timeout)
+        while self.publisher.queued and time.monotonic() < deadline:
+            gevent.sleep(0.01)
+        for server in servers:
+            server.close()
+
+        deadline = time.monotonic() + self.cfg.graceful_timeout
+        while time.monotonic() <= deadline:
+            if not any(server.pool for server in servers):
+                return
+            self.notify()
+            gevent.sleep(0.1)
+        self.log.warning("Worker graceful timeout (pid:%s)", self.pid)
+        for server in servers:
+            server.stop(timeout=1)
+
+    def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
+        """Count the request while it is in flight."""
+        self.publisher.began()
+        try:
+            return super().handle_request(listener_name, req, sock, addr)
+        finally:
+            self.publisher.ended()
+
+    def handle_http2_request(self, *args: Any, **kwargs: Any) -> Any:
+        """Count the stream while it is in flight; one connection has many (gunicorn 25+)."""
+        self.publisher.began()
+        try:
+            return super().handle_http2_request(*args, **kwargs)
+        finally:
+            self.publisher.ended()
