@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from gunicorn.sock import BaseSocket
     from gunicorn.workers.base import Worker
 
-    from hermes_gunicorn.dispatch import Dispatcher
-
 __all__ = ["Assignment", "Coordinator", "install"]
 
 _MIN_ROWS = 256  # 32 KiB; enough for HUP, which doubles the workers, and many a TTIN
@@ -51,10 +49,7 @@ class Assignment:
 
     def take_up(self) -> Publisher:
         """In the worker: drop what belongs to others and get the pen for the row."""
-        for dispatcher in self._coordinator.dispatchers.values():
-            dispatcher.keep_only(SHARED_SLOT if self.slot is None else self.slot)
-        if self._coordinator.kernel is not None:
-            self._coordinator.kernel.close()
+        self._coordinator.leave_to_arbiter(self.slot)
         if self.slot is None:
             return Publisher.unseen()
         return Publisher(self._coordinator.table, self.slot)
@@ -68,23 +63,21 @@ class Coordinator:
 
     Attributes:
         table: the worker status table, the kernel's or an anonymous one.
-        kernel: what the dispatchers share, or None without kernel dispatch.
         dispatchers: by listener; a listener without one is shared as in stock gunicorn.
     """
 
     def __init__(self, server: Arbiter) -> None:
         self.server = server
-        self.kernel: KernelTable | None = None
-        self.dispatchers: dict[BaseSocket, Dispatcher] = {}
+        self.dispatchers: dict[BaseSocket, KernelDispatcher] = {}
         self._owners: dict[int, Worker] = {}
         self._listeners: list[BaseSocket] = []
-        self._obstacle: Unsupported | None = None
+        self._kernel: KernelTable | Unsupported
         rows = min(MAX_SLOTS, max(_MIN_ROWS, _ROWS_PER_WORKER * server.cfg.workers))
         try:
-            self.kernel = KernelTable(server.cfg.hermes_loader, rows)
-            self.table = self.kernel.table
+            self._kernel = KernelTable(server.cfg.hermes_loader, rows)
+            self.table = self._kernel.table
         except Unsupported as error:
-            self._obstacle = error
+            self._kernel = error  # why not, for each listener that asks
             self.table = Table.anonymous(rows)
         self.table.slots = 1
         self._follow_setup()
@@ -140,20 +133,19 @@ class Coordinator:
                 "the kernel can choose between listeners of TCP only",
                 "bind a TCP address beside or instead of it",
             )
-        if self.kernel is None:
-            assert self._obstacle is not None
-            raise self._obstacle
-        return KernelDispatcher(listener, self.kernel)
+        if isinstance(self._kernel, Unsupported):
+            raise self._kernel
+        return KernelDispatcher(listener, self._kernel)
 
     def _report(self) -> None:
-        if self.kernel is None or not self.dispatchers:
+        if isinstance(self._kernel, Unsupported) or not self.dispatchers:
             return
         migrates = all(dispatcher.migrates for dispatcher in self.dispatchers.values())
         self.server.log.info(
             "hermes: kernel dispatch on %s (loader %s, policy least_loaded, hang threshold %g s,"
             " migration %s, %d workers, %d slots)",
             ", ".join(map(str, self.dispatchers)),
-            self.kernel.loader,
+            self._kernel.loader,
             self.server.cfg.hermes_hang_threshold,
             "on" if migrates else "off",
             self.server.num_workers,
@@ -191,6 +183,13 @@ class Coordinator:
                 for dispatcher in self.dispatchers.values():
                     dispatcher.close_slot(slot)
                 self.table.release(slot)
+
+    def leave_to_arbiter(self, slot: int | None) -> None:
+        """In a worker: close what belongs to the arbiter and to other slots."""
+        for dispatcher in self.dispatchers.values():
+            dispatcher.keep_only(slot)
+        if isinstance(self._kernel, KernelTable):
+            self._kernel.close()
 
     def hand_over(self) -> None:
         """Make way for the arbiter that is about to be executed."""

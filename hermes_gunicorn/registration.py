@@ -81,10 +81,10 @@ def install() -> None:
     if _TARGET in sys.modules:
         register()
     elif _Finder not in sys.meta_path:
-        sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Finder)
 
 
 def uninstall() -> None:
     """Take the finder out again."""
     if _Finder in sys.meta_path:
-        sys.meta_path.remove(_Finder)  # type: ignore[arg-type]
+        sys.meta_path.remove(_Finder)

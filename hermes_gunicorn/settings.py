@@ -32,16 +32,15 @@ def _validate_threshold(value: Any) -> float:
     # The paper's and our own range: below a millisecond every request is a hang.
     if isinstance(value, bool) or not (seconds == 0 or 0.001 <= seconds <= 3600):
         raise ValueError(
-            "hermes_hang_threshold must be 0 (off) or 0.001 to 3600 seconds,"
-            f" not {value!r}"
+            f"hermes_hang_threshold must be 0 (off) or 0.001 to 3600 seconds, not {value!r}"
         )
     return seconds
 
 
-class HermesLoader(Setting):  # type: ignore[misc, valid-type]
+class HermesLoader(Setting):  # type: ignore[misc]
     name = "hermes_loader"
     section = SECTION
-    cli = ["--hermes-loader"]
+    cli = ("--hermes-loader",)
     meta = "STRING"
     validator = _validate_loader
     default = "auto"
@@ -53,10 +52,10 @@ class HermesLoader(Setting):  # type: ignore[misc, valid-type]
         """
 
 
-class HermesStrict(Setting):  # type: ignore[misc, valid-type]
+class HermesStrict(Setting):  # type: ignore[misc]
     name = "hermes_strict"
     section = SECTION
-    cli = ["--hermes-strict"]
+    cli = ("--hermes-strict",)
     validator = validate_bool
     action = "store_true"
     default = False
@@ -68,10 +67,10 @@ class HermesStrict(Setting):  # type: ignore[misc, valid-type]
         """
 
 
-class HermesHangThreshold(Setting):  # type: ignore[misc, valid-type]
+class HermesHangThreshold(Setting):  # type: ignore[misc]
     name = "hermes_hang_threshold"
     section = SECTION
-    cli = ["--hermes-hang-threshold"]
+    cli = ("--hermes-hang-threshold",)
     meta = "SECONDS"
     validator = _validate_threshold
     default = 0.05

@@ -205,7 +205,7 @@ class KernelDispatcher:
         listener = self._listeners.get(slot)
         return waiting(listener) if listener else 0
 
-    def keep_only(self, slot: int) -> None:
+    def keep_only(self, slot: int | None) -> None:
         """In a worker: close what belongs to the arbiter and to other slots."""
         for other in [other for other in self._listeners if other != slot]:
             self._listeners.pop(other).close()

@@ -88,7 +88,9 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
             # As in stock gunicorn worker_connections holds for each bind address,
             # of which the slot's own listener and the shared one are two ends.
             pool = pools.setdefault(sock.getsockname(), Pool(self.worker_connections))
-            server = _PublishingServer(sock, handle=partial(self.handle, sock), spawn=pool, **ssl_args)
+            server = _PublishingServer(
+                sock, handle=partial(self.handle, sock), spawn=pool, **ssl_args
+            )
             server.publisher = self.publisher
             server.exclusive = exclusive
             if not exclusive and self.cfg.workers > 1:

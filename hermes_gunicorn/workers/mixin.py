@@ -18,7 +18,7 @@ else:
 __all__ = ["HermesMixin"]
 
 
-class HermesMixin(_Base):
+class HermesMixin(_Base):  # type: ignore[misc]
     """Goes before a gunicorn worker class.
 
     Attributes:
