@@ -73,7 +73,7 @@ class HermesHangThreshold(Setting):  # type: ignore[misc]
     cli = ("--hermes-hang-threshold",)
     meta = "SECONDS"
     validator = _validate_threshold
-    default = 0.05
+    default = 0.01
     desc = """\
         A worker whose loop did not turn for this long gets no new connections.
 
