@@ -143,7 +143,8 @@ class KernelDispatcher:
         self._maps.append(self._array)
         maps = kernel.maps() | {map.name: map for map in self._maps}
         self.program_fd, self.migrates = syscall.load_program(kernel.program, maps)
-        self.counters = memoryview(counters.mmap())[: BIND.size].cast("Q")
+        self._memory = counters.mmap()
+        self.counters = memoryview(self._memory)[: BIND.size].cast("Q")
 
     def _attach(self) -> None:
         """Make gunicorn's listener the first of a group and hand the group to the program.
@@ -233,3 +234,5 @@ class KernelDispatcher:
         if self.program_fd >= 0:
             os.close(self.program_fd)
             self.program_fd = -1
+            self.counters.release()
+            self._memory.close()

@@ -1,0 +1,130 @@
+"""Loading the program, and what the arbiter's side holds and gives back."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kernel_bind import Bind, MakeBind
+
+from hermes_gunicorn import loader as loaders
+from hermes_gunicorn.dispatch.kernel import KernelTable
+from hermes_gunicorn.errors import BpfError
+from hermes_gunicorn.loader import syscall
+from hermes_gunicorn.loader.program import Program
+from hermes_gunicorn.table import BIND, CONTROL, WORKER
+
+VERIFIER_BUDGET = 100_000  # instructions; the kernel's limit is a million
+
+
+def open_fds() -> int:
+    """Count this process's file descriptors."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("layout", [CONTROL, WORKER, BIND], ids=lambda layout: layout.name)
+def test_the_python_layout_is_that_of_the_objects_btf(layout):
+    path = loaders.bpf_directory() / "hermes.bpf.o"
+    dump = subprocess.run(
+        ["bpftool", "btf", "dump", "file", path, "-j"],
+        capture_output=True,
+        check=True,
+        timeout=30,
+        env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"},
+    )
+    types = json.loads(dump.stdout)["types"]
+    (struct,) = [t for t in types if t["kind"] == "STRUCT" and t["name"] == layout.name]
+    assert struct["size"] == layout.size
+    assert {m["name"]: m["bits_offset"] // 64 for m in struct["members"]} == {
+        name: layout.index(name) for name, _ in layout.fields
+    }
+
+
+@pytest.mark.parametrize("attach_type", [39, 0], ids=["migrate", "select"])
+def test_the_verifier_passes_it_with_and_without_migration(kernel: KernelTable, attach_type: int):
+    maps = kernel.maps() | {
+        "hermes_bind": syscall.Map("hermes_bind", syscall.MAP_TYPE_ARRAY, BIND.size, 1),
+        "hermes_listeners": syscall.Map("l", syscall.MAP_TYPE_REUSEPORT_SOCKARRAY, 8, 256),
+    }
+    code = kernel.program.relocated({name: map.fd for name, map in maps.items()})
+    fd = syscall._load(kernel.program, code, attach_type)
+    try:
+        assert syscall.program_stats(fd).verified_instructions < VERIFIER_BUDGET
+    finally:
+        os.close(fd)
+        maps["hermes_bind"].close()
+        maps["hermes_listeners"].close()
+
+
+def test_a_program_the_verifier_refuses_is_refused_with_its_words():
+    program = Program("broken", bytes.fromhex("9500000000000000"), [], b"GPL", "test")
+    with pytest.raises(BpfError, match="R0 !read_ok|processed") as caught:
+        syscall.load_program(program, {})
+    assert "R0 !read_ok" in caught.value.log
+    assert "\n" not in str(caught.value)
+
+
+def test_this_kernel_migrates(bind: Bind):
+    assert bind.dispatcher.migrates  # Linux 5.14 and later
+
+
+def test_a_second_server_on_the_port_is_refused(bind: Bind):
+    with socket.socket() as other, pytest.raises(OSError, match="in use") as caught:
+        other.bind(bind.address)
+    assert caught.value.errno == errno.EADDRINUSE
+
+
+def test_closing_gunicorns_listener_frees_the_port(bind: Bind):
+    bind.shared.close()
+    with socket.socket() as other:
+        other.bind(bind.address)
+        other.listen()
+
+
+def test_what_waits_on_a_slot_stays_for_its_next_owner(bind: Bind):
+    for slot in (2, 3):
+        bind.dispatcher.close_slot(slot)
+        bind.table.release(slot)
+    bind.connect(3)
+    bind.dispatcher.close_slot(1)
+    assert bind.dispatcher.waiting(1) == 3
+    again = bind.dispatcher.open_slot(1)
+    assert again is bind.listeners[1]
+    assert bind.accepted(3) == {1: 3}
+
+
+def test_nothing_is_left_open(kernel: KernelTable, make_bind: MakeBind):
+    make_bind(3).close()
+    before = open_fds()
+    for _ in range(100):
+        make_bind(3).close()
+    assert open_fds() == before
+
+
+NOBODY = """
+import os, sys
+from hermes_gunicorn.dispatch.kernel import KernelTable
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+KernelTable("object", 256)
+"""
+
+
+def test_without_privilege_the_reason_and_the_remedy_are_named():
+    run = subprocess.run(
+        [sys.executable, "-c", NOBODY], capture_output=True, text=True, timeout=30, check=False
+    )
+    last = run.stderr.strip().splitlines()[-1]
+    assert "Unsupported: no permission to use eBPF" in last
+    assert "run it with CAP_BPF" in last
+
+
+def test_the_object_names_no_folder_of_where_it_was_built():
+    text = (loaders.bpf_directory() / "hermes.bpf.o").read_bytes()
+    assert str(Path.home()).encode() not in text
+    assert os.getcwd().encode() not in text

@@ -1,0 +1,90 @@
+"""A bind address with the real program on it, without gunicorn's processes around."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import select
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from gunicorn.config import Config
+from gunicorn.sock import TCP6Socket, TCPSocket
+
+import hermes_gunicorn  # noqa: F401  (registers the settings)
+from hermes_gunicorn.dispatch.kernel import KernelDispatcher, KernelTable
+from hermes_gunicorn.table import BIND, SHARED_SLOT, WORKER, Table
+
+ANSWERED_WITHIN = 5.0  # seconds
+
+
+class Bind:
+    """A bind address with a dispatcher and a listener for each slot."""
+
+    def __init__(self, kernel: KernelTable, slots: int, address: tuple[str, int]) -> None:
+        kind = TCP6Socket if ":" in address[0] else TCPSocket
+        cfg = Config()
+        cfg.set("backlog", 1024)
+        self.shared = kind(address, cfg, logging.getLogger(__name__))
+        self.address = self.shared.getsockname()
+        self.kernel = kernel
+        self.table: Table = kernel.table
+        self.dispatcher = KernelDispatcher(self.shared, kernel)
+        self.listeners = {SHARED_SLOT: self.shared}
+        self.table.slots = max(self.table.slots, slots + 1)
+        for slot in range(1, slots + 1):
+            self.listeners[slot] = self.dispatcher.open_slot(slot)
+        self._clients: list[socket.socket] = []
+
+    def close(self) -> None:
+        """Close everything, clients first."""
+        self.forget_clients()
+        self.shared.close()
+
+    def forget_clients(self) -> None:
+        """Close the clients' ends."""
+        while self._clients:
+            self._clients.pop().close()
+
+    def connect(self, count: int = 1) -> None:
+        """Open connections and keep them."""
+        for _ in range(count):
+            client = socket.create_connection(self.address[:2], timeout=ANSWERED_WITHIN)
+            self._clients.append(client)
+
+    def accepted(self, count: int) -> Counter[int]:
+        """Take ``count`` connections, wherever they wait; return how many by slot."""
+        slots = {listener.fileno(): slot for slot, listener in self.listeners.items()}
+        taken: Counter[int] = Counter()
+        deadline = time.monotonic() + ANSWERED_WITHIN
+        poll = select.poll()
+        for fd in slots:
+            poll.register(fd, select.POLLIN)
+        while taken.total() < count:
+            assert time.monotonic() < deadline, f"{count} connections, found {dict(taken)}"
+            for fd, _ in poll.poll(100):
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        self.listeners[slots[fd]].accept()[0].close()
+                        taken[slots[fd]] += 1
+        return taken
+
+    def sent(self, count: int = 1) -> Counter[int]:
+        """Open connections and say where they went."""
+        self.connect(count)
+        return self.accepted(count)
+
+    def counter(self, name: str) -> int:
+        """Read one of the bind's counters."""
+        return self.dispatcher.counters[BIND.index(name)]
+
+
+def set_row(table: Table, slot: int, **words: int) -> None:
+    """Write words of a row as its owner would."""
+    for name, value in words.items():
+        table._rows[slot * WORKER.words + WORKER.index(name)] = value
+
+
+MakeBind = Callable[..., Bind]

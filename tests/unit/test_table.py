@@ -1,0 +1,182 @@
+"""The worker status table: single-writer words that other processes see."""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+
+import pytest
+
+from hermes_gunicorn import table
+from hermes_gunicorn.table import DRAINING, FREE, READY, SHARED_SLOT, WORKER, Publisher, Table
+
+SECOND = 1_000_000_000
+
+
+@pytest.fixture
+def shared() -> Table:
+    """A table of three groups in memory that forked children share."""
+    result = Table.anonymous(3 * table.SLOTS_PER_GROUP)
+    result.slots = 3 * table.SLOTS_PER_GROUP
+    return result
+
+
+def in_child(function) -> None:
+    """Run a function in a forked child and wait for its success."""
+    pid = os.fork()
+    if not pid:
+        try:
+            function()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def kernel_words(shared: Table, slot: int, dispatched: int, age_ns: int = 0) -> None:
+    """Write what the kernel program would."""
+    at = slot * WORKER.words
+    shared._rows[at + WORKER.index("dispatched")] = dispatched
+    shared._rows[at + WORKER.index("last_dispatch_ns")] = time.monotonic_ns() - age_ns
+
+
+def test_a_row_is_two_cache_lines_one_for_each_writer():
+    assert WORKER.size == 128
+    assert WORKER.index("dispatched") * 8 == 64
+
+
+def test_what_a_worker_publishes_is_seen_by_other_processes(shared):
+    def worker():
+        pen = Publisher(shared, 5)
+        pen.ready(7)
+        pen.woke()
+        pen.took_own()
+        pen.opened()
+        pen.began()
+
+    shared.claim(5)
+    before = time.monotonic_ns()
+    in_child(worker)
+    row = shared.row(5)
+    assert (row.state, row.requests, row.connections, row.capacity) == (READY, 1, 1, 7)
+    assert (row.accepted, row.settled) == (1, 1)
+    assert before <= row.busy_since_ns <= time.monotonic_ns()
+
+
+def test_what_began_ends(shared):
+    pen = Publisher(shared, 1)
+    for _ in range(3):
+        pen.woke()
+        pen.opened()
+        pen.began()
+        pen.ended()
+        pen.closed()
+        pen.polls()
+    row = shared.row(1)
+    assert (row.busy_since_ns, row.requests, row.connections) == (0, 0, 0)
+
+
+def test_a_child_of_the_application_cannot_speak_for_its_worker(shared):
+    shared.claim(2)
+    pen = Publisher(shared, 2)
+    pen.ready(1)
+    pen.began()
+
+    def child():
+        pen.ended()
+        pen.woke()
+        pen.draining()
+
+    in_child(child)
+    row = shared.row(2)
+    assert (row.state, row.requests, row.busy_since_ns) == (READY, 1, 0)
+
+
+@pytest.mark.parametrize("slot", [1, 63, 64, 130])
+def test_exactly_the_ready_are_eligible(shared, slot):
+    shared.set_state(slot, READY)
+    assert shared.eligible() == 1 << slot
+    shared.set_state(slot, DRAINING)
+    assert shared.eligible() == 0
+
+
+def test_the_shared_slot_is_never_eligible(shared):
+    shared.set_state(SHARED_SLOT, READY)
+    assert shared.eligible() == 0
+
+
+def test_a_stale_word_of_the_bitmap_is_mended_by_any_worker(shared):
+    shared.set_state(1, READY)
+    shared._control[table.CONTROL.index("eligible")] = 0b1100
+    Publisher(shared, 2).refresh()
+    assert shared.eligible() == 0b10
+
+
+def test_a_new_owner_inherits_what_waits_and_nothing_else(shared):
+    shared.claim(1)
+    pen = Publisher(shared, 1)
+    pen.ready(4)
+    pen.began()
+    pen.opened()
+    kernel_words(shared, 1, dispatched=10)
+    shared.release(1)
+    assert shared.row(1).state == FREE
+    shared.claim(1, waiting=3)
+    row = shared.row(1)
+    assert (row.generation, row.queued) == (2, 3)
+    assert (row.requests, row.connections, row.capacity) == (0, 0, 1)
+    assert Publisher(shared, 1).queued == 3
+
+
+@pytest.mark.parametrize(("dispatched", "settled", "queued"), [(5, 2, 3), (2, 2, 0), (2, 5, 0)])
+def test_nothing_is_queued_when_more_was_taken_than_sent(shared, dispatched, settled, queued):
+    shared.claim(1)
+    pen = Publisher(shared, 1)
+    kernel_words(shared, 1, dispatched)
+    for _ in range(settled):
+        pen.took_own()
+    assert shared.row(1).queued == queued
+
+
+def test_a_connection_on_its_way_is_not_written_off(shared):
+    pen = Publisher(shared, 1)
+    kernel_words(shared, 1, dispatched=2, age_ns=SECOND)
+    pen.settle(quiet_ns=3 * SECOND)
+    assert pen.queued == 2
+
+
+def test_a_connection_that_never_came_is_written_off(shared):
+    pen = Publisher(shared, 1)
+    kernel_words(shared, 1, dispatched=2, age_ns=4 * SECOND)
+    assert pen.drifted
+    pen.settle(quiet_ns=3 * SECOND)
+    assert not pen.drifted
+    assert pen.queued == 0
+
+
+def test_a_connection_taken_without_having_been_booked_is_put_right_at_once(shared):
+    pen = Publisher(shared, 1)
+    kernel_words(shared, 1, dispatched=0)
+    pen.took_own()
+    pen.settle(quiet_ns=3 * SECOND)
+    kernel_words(shared, 1, dispatched=1)
+    assert pen.queued == 1
+
+
+def test_any_content_can_be_read(shared):
+    for _ in range(200):
+        random = os.urandom(len(shared._rows) * 8)
+        shared._rows[:] = memoryview(random).cast("Q")
+        shared._control[:] = memoryview(os.urandom(table.CONTROL.size)).cast("Q")
+        assert len(shared.rows()) <= shared.capacity
+        assert all(0 <= row.queued < 1 << 63 for row in shared.rows())
+        assert shared.eligible() >= 0
+
+
+def test_a_word_is_one_native_store():
+    memory = bytearray(WORKER.size)
+    pen = Publisher(Table(bytearray(table.CONTROL.size), memory), 0)
+    pen.opened()
+    at = WORKER.index("connections") * 8
+    assert struct.unpack_from("=Q", memory, at) == (1,)
