@@ -79,7 +79,25 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 /* One load or store of the word, neither torn nor repeated. */
 #define READ_ONCE(x) (*(volatile __typeof__(x) *)&(x))
 #define WRITE_ONCE(x, value) (*(volatile __typeof__(x) *)&(x) = (value))
-#define count(counter) __sync_fetch_and_add(&(counter), 1)
+
+/*
+ * The empty asm differs from counter to counter and so keeps the compiler from
+ * merging two paths into one store with a computed address, which the verifier
+ * forbids a user without CAP_PERFMON.
+ */
+#define add(object, counter, n)                                                                    \
+	do {                                                                                       \
+		__sync_fetch_and_add(&(object)->counter, n);                                       \
+		asm volatile("" ::"i"(&((__typeof__(object))0)->counter));                         \
+	} while (0)
+#define count(object, counter) add(object, counter, 1)
+
+/*
+ * For loops over a fixed array: for a user without CAP_PERFMON the verifier also
+ * walks what a CPU may do speculatively, and a counter that runs on past the end
+ * then computes an address outside.
+ */
+#define UNROLL _Pragma("unroll")
 
 /* Where a TCP header keeps its flags (RFC 9293, 3.1). */
 #define TCP_HEADER_MIN 20
@@ -96,6 +114,11 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 #define LOAD_MASK ((1ULL << 19) - 1)
 #define BUSY_SHIFT 24
 #define CONNECTIONS_MASK ((1ULL << BUSY_SHIFT) - 1)
+
+struct group {
+	__u32 first; /* its first slot */
+	__u64 eligible; /* bit i: slot first + i */
+};
 
 struct choice {
 	__u64 ties; /* the group's slots of the lowest rank, as bits */
@@ -115,7 +138,7 @@ static __always_inline __u32 nth_set_bit(__u64 word, __u32 n)
 {
 	__u32 position = 0;
 
-#pragma unroll
+	UNROLL
 	for (__u32 width = 32; width; width >>= 1) {
 		__u32 below = popcount(word & ((1ULL << width) - 1));
 
@@ -207,7 +230,9 @@ static __always_inline struct choice least_loaded(__u32 first, __u64 eligible, _
 	};
 	__u64 lowest = opaque(~0ULL, now);
 
-	for (__u32 i = 0; i < HERMES_SLOTS_PER_GROUP; i++) {
+	_Pragma("nounroll") /* 64 copies of the body would be a program of 36 KB */
+		for (__u32 i = 0; i < HERMES_SLOTS_PER_GROUP; i++)
+	{
 		__u32 slot = first + i;
 		struct hermes_worker *worker;
 		__u64 busy_since, worker_rank;
@@ -240,29 +265,48 @@ static __always_inline struct choice least_loaded(__u32 first, __u64 eligible, _
  * The hash picks one of the groups with eligible workers. Exactly one is searched,
  * whatever their number: that bounds the cost, and the verifier's work, too.
  */
-static __always_inline __u32 choose_group(struct hermes_control *control, __u32 hash, __u64 now)
+static __always_inline struct group choose_group(struct hermes_control *control, __u32 hash,
+						 __u64 now)
 {
+	struct group group = {};
 	__u64 groups = opaque(0, now);
+	__u32 chosen;
 
-	if (READ_ONCE(control->slots) <= HERMES_SLOTS_PER_GROUP)
-		return 0;
+	if (READ_ONCE(control->slots) <= HERMES_SLOTS_PER_GROUP) {
+		group.eligible = READ_ONCE(control->eligible[0]);
+		return group;
+	}
+	UNROLL
 	for (__u32 i = 0; i < HERMES_MAX_GROUPS; i++)
 		groups |= (__u64) !!READ_ONCE(control->eligible[i]) << i;
 	groups = opaque(groups, now);
-	return nth_set_bit(groups, reciprocal_scale(hash, popcount(groups)));
+	chosen = nth_set_bit(groups, reciprocal_scale(hash, popcount(groups)));
+
+	/*
+	 * Not control->eligible[chosen]: without CAP_PERFMON a computed address makes
+	 * the verifier keep all scalars apart, and then it does not finish.
+	 */
+	UNROLL
+	for (__u32 i = 0; i < HERMES_MAX_GROUPS; i++) {
+		if (i != chosen)
+			continue;
+		group.first = i * HERMES_SLOTS_PER_GROUP;
+		group.eligible = READ_ONCE(control->eligible[i]);
+	}
+	return group;
 }
 
 /* Choose a slot; HERMES_SHARED_SLOT when no healthy worker is to be found. */
 static __always_inline __u32 choose(struct hermes_control *control, struct hermes_bind *bind,
 				    __u32 hash, __u64 now)
 {
-	__u32 group = opaque(choose_group(control, hash, now), now) & (HERMES_MAX_GROUPS - 1);
-	__u32 first = group * HERMES_SLOTS_PER_GROUP;
-	struct choice choice = least_loaded(first, READ_ONCE(control->eligible[group]), now,
+	struct group group = choose_group(control, hash, now);
+	__u32 first = opaque(group.first, now);
+	struct choice choice = least_loaded(first, opaque(group.eligible, now), now,
 					    hang_limit(now, READ_ONCE(control->hang_threshold_ns)));
 
 	if (choice.hung)
-		__sync_fetch_and_add(&bind->hung_skipped, choice.hung);
+		add(bind, hung_skipped, choice.hung);
 	if (!choice.ties)
 		return HERMES_SHARED_SLOT;
 	/* Mixed, since the hash's high bits may have chosen the group. */
@@ -280,7 +324,7 @@ static __always_inline int select_slot(struct sk_reuseport_md *ctx, __u32 slot, 
 		return error;
 	worker = bpf_map_lookup_elem(MAP(hermes_workers), &slot);
 	if (worker) {
-		count(worker->dispatched);
+		count(worker, dispatched);
 		WRITE_ONCE(worker->last_dispatch_ns, now);
 	}
 	return 0;
@@ -299,20 +343,20 @@ int hermes_dispatch(struct sk_reuseport_md *ctx)
 	if (!bind)
 		return SK_PASS;
 	if (!control) {
-		count(bind->no_table);
+		count(bind, no_table);
 		return SK_PASS;
 	}
 
 	slot = choose(control, bind, ctx->hash, now);
 	if (slot == HERMES_SHARED_SLOT) {
-		count(bind->none_eligible);
+		count(bind, none_eligible);
 	} else if (!select_slot(ctx, slot, now)) {
-		count(bind->dispatched);
+		count(bind, dispatched);
 		return SK_PASS;
 	} else {
-		count(bind->select_failed);
+		count(bind, select_failed);
 	}
 	if (select_slot(ctx, HERMES_SHARED_SLOT, now))
-		count(bind->shared_failed);
+		count(bind, shared_failed);
 	return SK_PASS;
 }

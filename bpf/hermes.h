@@ -61,7 +61,7 @@ struct hermes_worker {
 	__u64 state; /* enum hermes_state; arbiter while it has no owner, then the worker */
 	__u64 generation; /* owners so far; arbiter */
 	__u64 busy_since_ns; /* CLOCK_MONOTONIC at which the loop woke with work; 0: in poll */
-	__u64 requests; /* in flight */
+	__u64 requests; /* in flight, and the first one of each new connection */
 	__u64 connections; /* open */
 	__u64 capacity; /* requests it can run at once, at least 1 */
 	__u64 settled; /* of `dispatched`: accepted, or written off as never completed */

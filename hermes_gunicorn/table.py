@@ -287,17 +287,25 @@ class Publisher:
         """The loop is about to wait in poll."""
         self._words[_BUSY_SINCE] = 0
 
-    def took_own(self) -> None:
-        """A connection was accepted from the slot's own listener."""
-        self._accepted += 1
-        self._settled += 1
-        self._words[_ACCEPTED] = self._accepted
-        self._words[_SETTLED] = self._settled & _MASK
+    def opened(self, own: bool) -> None:
+        """A connection was accepted; its first request counts as in flight from here.
 
-    def opened(self) -> None:
-        """A connection was opened."""
+        Were it counted only when it arrives, a worker that accepts quickly would look
+        idle and be sent a whole burst before a sibling has been scheduled at all.
+
+        Args:
+            own: taken from the slot's own listener, not from the shared one.
+        """
         self.connections += 1
+        self.requests += 1
         self._words[_CONNECTIONS] = self.connections
+        self._words[_REQUESTS] = self.requests
+        if own:
+            self._accepted += 1
+            self._settled += 1
+            self._words[_ACCEPTED] = self._accepted
+            # Last, so that the connection is at no time on neither account.
+            self._words[_SETTLED] = self._settled & _MASK
 
     def closed(self) -> None:
         """A connection was closed."""
@@ -305,12 +313,12 @@ class Publisher:
         self._words[_CONNECTIONS] = self.connections
 
     def began(self) -> None:
-        """A request is in flight."""
+        """A further request on a connection is in flight."""
         self.requests += 1
         self._words[_REQUESTS] = self.requests
 
     def ended(self) -> None:
-        """A request is done."""
+        """A request is done, or the first one never came."""
         self.requests -= 1
         self._words[_REQUESTS] = self.requests
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import gevent
+from gevent import getcurrent
 from gevent.hub import get_hub
 from gevent.pool import Pool
 from gevent.server import StreamServer
@@ -37,12 +38,12 @@ class _PublishingServer(StreamServer):  # type: ignore[misc]
     def do_read(self) -> Any:
         connection = super().do_read()
         if connection:
-            if self.exclusive:
-                self.publisher.took_own()
-            self.publisher.opened()
+            self.publisher.opened(self.exclusive)
         return connection
 
     def do_close(self, *connection: Any) -> None:
+        if not getattr(getcurrent(), "hermes_served", False):
+            self.publisher.ended()
         self.publisher.closed()
         super().do_close(*connection)
 
@@ -127,9 +128,17 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
         for server in servers:
             server.stop(timeout=1)
 
+    def _began(self) -> None:
+        """Publish a request; a connection's first one was published when it was accepted."""
+        greenlet = getcurrent()  # the one that handles this connection, and no other
+        if getattr(greenlet, "hermes_served", False):
+            self.publisher.began()
+        else:
+            greenlet.hermes_served = True
+
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         """Count the request while it is in flight."""
-        self.publisher.began()
+        self._began()
         try:
             return super().handle_request(listener_name, req, sock, addr)
         finally:
@@ -137,7 +146,7 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
 
     def handle_http2_request(self, *args: Any, **kwargs: Any) -> Any:
         """Count the stream while it is in flight; one connection has many (gunicorn 25+)."""
-        self.publisher.began()
+        self._began()
         try:
             return super().handle_http2_request(*args, **kwargs)
         finally:

@@ -40,7 +40,9 @@ def test_the_hook_costs_an_interpreter_less_than_a_millisecond():
     assert statistics.median(cost() for _ in range(11)) < BUDGET_US
 
 
-@pytest.mark.parametrize("module", ["typing", "gunicorn", "gevent", "ctypes", "mmap", "dataclasses"])
+@pytest.mark.parametrize(
+    "module", ["typing", "gunicorn", "gevent", "ctypes", "mmap", "dataclasses"]
+)
 def test_the_hook_imports_nothing_until_gunicorn_is_imported(module):
     assert evaluate(f"import sys; print({module!r} in sys.modules)") == "False"
 

@@ -51,15 +51,14 @@ def test_what_a_worker_publishes_is_seen_by_other_processes(shared):
         pen = Publisher(shared, 5)
         pen.ready(7)
         pen.woke()
-        pen.took_own()
-        pen.opened()
+        pen.opened(own=True)
         pen.began()
 
     shared.claim(5)
     before = time.monotonic_ns()
     in_child(worker)
     row = shared.row(5)
-    assert (row.state, row.requests, row.connections, row.capacity) == (READY, 1, 1, 7)
+    assert (row.state, row.requests, row.connections, row.capacity) == (READY, 2, 1, 7)
     assert (row.accepted, row.settled) == (1, 1)
     assert before <= row.busy_since_ns <= time.monotonic_ns()
 
@@ -68,7 +67,8 @@ def test_what_began_ends(shared):
     pen = Publisher(shared, 1)
     for _ in range(3):
         pen.woke()
-        pen.opened()
+        pen.opened(own=False)
+        pen.ended()
         pen.began()
         pen.ended()
         pen.closed()
@@ -118,7 +118,7 @@ def test_a_new_owner_inherits_what_waits_and_nothing_else(shared):
     pen = Publisher(shared, 1)
     pen.ready(4)
     pen.began()
-    pen.opened()
+    pen.opened(own=False)
     kernel_words(shared, 1, dispatched=10)
     shared.release(1)
     assert shared.row(1).state == FREE
@@ -135,7 +135,7 @@ def test_nothing_is_queued_when_more_was_taken_than_sent(shared, dispatched, set
     pen = Publisher(shared, 1)
     kernel_words(shared, 1, dispatched)
     for _ in range(settled):
-        pen.took_own()
+        pen.opened(own=True)
     assert shared.row(1).queued == queued
 
 
@@ -158,7 +158,7 @@ def test_a_connection_that_never_came_is_written_off(shared):
 def test_a_connection_taken_without_having_been_booked_is_put_right_at_once(shared):
     pen = Publisher(shared, 1)
     kernel_words(shared, 1, dispatched=0)
-    pen.took_own()
+    pen.opened(own=True)
     pen.settle(quiet_ns=3 * SECOND)
     kernel_words(shared, 1, dispatched=1)
     assert pen.queued == 1
@@ -177,6 +177,6 @@ def test_any_content_can_be_read(shared):
 def test_a_word_is_one_native_store():
     memory = bytearray(WORKER.size)
     pen = Publisher(Table(bytearray(table.CONTROL.size), memory), 0)
-    pen.opened()
+    pen.opened(own=False)
     at = WORKER.index("connections") * 8
     assert struct.unpack_from("=Q", memory, at) == (1,)

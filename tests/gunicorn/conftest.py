@@ -1,0 +1,68 @@
+"""Real gunicorn processes; each test ends what it started."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gunicorn_server import Server
+
+Start = Callable[..., Server]
+STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Start]:
+    """Start servers without waiting for them."""
+    servers: list[Server] = []
+    tmp_path.chmod(0o755)
+
+    def start(*arguments: str, **options: Any) -> Server:
+        folder = tmp_path / f"server{len(servers)}"
+        folder.mkdir()
+        server = Server(folder, *arguments, **options)
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def start(launch: Start) -> Start:
+    """Start servers and wait until all their workers accept."""
+    return lambda *arguments, **options: launch(*arguments, **options).wait_ready()
+
+
+@pytest.fixture(params=["object", "bcc"])
+def loader(request: pytest.FixtureRequest) -> list[str]:
+    """The flags for each loader in turn."""
+    return ["--hermes-loader", str(request.param)]
+
+
+@pytest.fixture
+def bpf_stats() -> Iterator[None]:
+    """Have the kernel count program runs during the test."""
+    before = STATS.read_text()
+    STATS.write_text("1")
+    yield
+    STATS.write_text(before)
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The flags for TLS with a certificate of our own."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, cert = folder / "key.pem", folder / "cert.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+        + ["-subj", "/CN=localhost", "-keyout", key, "-out", cert],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    return ["--certfile", str(cert), "--keyfile", str(key)]

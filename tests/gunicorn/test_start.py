@@ -1,0 +1,183 @@
+"""How the server is named, configured and started, and what it says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+from gunicorn_server import GUNICORN, Client, free_port
+
+NO_HOOK = {"HERMES_GUNICORN_HOOK": "0"}
+FORMS = ["hermes", "hermes_gunicorn.HermesWorker", "egg:hermes-gunicorn#hermes"]
+NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+NO_CAPABILITY = [*NOBODY, "--bounding-set=-all", "--inh-caps=-all"]
+ONLY_CAP_BPF = [*NOBODY, "--inh-caps=-all,+bpf", "--ambient-caps=-all,+bpf"]
+
+
+def one_line_error(server, *words: str) -> str:
+    """Wait for the server to refuse to start and return its one line of error."""
+    assert server.wait_ended() == 1, server.log
+    errors = server.lines("Error: ")
+    assert len(errors) == 1, server.log
+    assert all(word in errors[0] for word in words), errors[0]
+    assert not server.lines("Booting worker")
+    assert not server.lines("Traceback")
+    return errors[0]
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("place", ["flag", "file"])
+def test_each_form_of_the_name(start, name, place):
+    if place == "flag":
+        server = start(worker_class=name)
+    else:
+        server = start(worker_class=None, conf=f"worker_class = {name!r}\n")
+    (line,) = server.lines("hermes: kernel dispatch")
+    assert "INFO" in line
+    for word in (f"127.0.0.1:{server.port}", "loader object", "policy least_loaded", "2 workers"):
+        assert word in line
+    assert "255 slots" in line
+
+
+@pytest.mark.parametrize("name", FORMS[1:])
+def test_two_forms_need_no_hook(start, name):
+    server = start(worker_class=name, environ=NO_HOOK)
+    assert server.lines("hermes: kernel dispatch")
+
+
+def test_without_the_hook_an_import_in_the_file_does(start):
+    conf = "import hermes_gunicorn\nworker_class = 'hermes'\nhermes_hang_threshold = 0.125\n"
+    server = start(worker_class=None, conf=conf, environ=NO_HOOK)
+    assert server.lines("hermes: kernel dispatch", "hang threshold 0.125 s")
+
+
+def test_flags_win_over_the_file(start):
+    conf = "hermes_hang_threshold = 0.5\nhermes_loader = 'bcc'\n"
+    server = start("--hermes-hang-threshold", "0.25", conf=conf)
+    assert server.lines("hermes: kernel dispatch", "loader bcc", "hang threshold 0.25 s")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("loader", "llvm", "must be one of auto, object, bcc"),
+        ("hang_threshold", "soon", "must be 0 (off) or 0.001 to 3600 seconds"),
+        ("hang_threshold", "-1", "must be 0 (off) or 0.001 to 3600 seconds"),
+    ],
+)
+@pytest.mark.parametrize("place", ["flag", "file"])
+def test_a_bad_value_is_one_clear_line(launch, name, value, says, place):
+    if place == "flag":
+        server = launch(f"--hermes-{name.replace('_', '-')}={value}")
+    else:
+        server = launch(conf=f"hermes_{name} = {value!r}\n")
+    one_line_error(server, f"hermes_{name}", says, repr(value))
+
+
+def test_reuse_port_is_refused(launch):
+    one_line_error(launch("--reuse-port"), "reuse_port", "remove")
+
+
+def test_the_settings_are_shown(tmp_path):
+    def output(*arguments: str) -> str:
+        return subprocess.run(
+            [GUNICORN, *arguments, "os:getcwd"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        ).stdout
+
+    shown = output("--print-config", "-k", "hermes", "--hermes-strict")
+    assert "hermes_strict" in shown
+    assert "hermes_loader" in shown
+    assert "hermes_hang_threshold" in shown
+    text = output("--help")
+    for flag in ("--hermes-loader", "--hermes-strict", "--hermes-hang-threshold"):
+        assert flag in text
+
+
+def test_all_tcp_addresses_are_dispatched_to(launch):
+    ports = [free_port(), free_port("::1"), free_port()]
+    addresses = [f"127.0.0.1:{ports[0]}", f"[::1]:{ports[1]}", f"127.0.0.1:{ports[2]}"]
+    server = launch("--hermes-strict", bind=addresses)
+    server.port = ports[0]
+    server.wait_ready()
+    (line,) = server.lines("hermes: kernel dispatch on")
+    assert all(f"http://{address}" in line for address in addresses)
+    before = sum(row["dispatched"] for row in server.table()["rows"])
+    for host, port in zip(("127.0.0.1", "::1", "127.0.0.1"), ports, strict=True):
+        for _ in range(10):
+            with Client((host, port)) as client:
+                client.get("/pid")
+    assert sum(row["dispatched"] for row in server.table()["rows"]) - before == 31
+
+
+def test_a_unix_socket_is_served_with_a_warning(launch, tmp_path):
+    path = tmp_path / "sock"
+    port = free_port()
+    server = launch(bind=[f"127.0.0.1:{port}", f"unix:{path}"])
+    server.port = port
+    server.wait_ready()
+    (warning,) = server.lines("WARNING", "hermes:")
+    assert f"no kernel dispatch on unix:{path}" in warning
+    assert "bind a TCP address" in warning
+    assert server.lines("INFO", f"hermes: kernel dispatch on http://127.0.0.1:{port} (")
+    for _ in range(10):
+        with Client(str(path)) as client:
+            client.get("/pid")
+        server.get("/pid")
+
+
+def test_strict_refuses_a_unix_socket_and_leaves_nothing(launch, tmp_path):
+    path, pidfile = tmp_path / "sock", tmp_path / "pid"
+    server = launch("--hermes-strict", "--pid", str(pidfile), bind=[f"unix:{path}"])
+    one_line_error(server, "no kernel dispatch on unix:", "hermes_strict")
+    assert not path.exists()
+    assert not pidfile.exists()
+
+
+@pytest.fixture
+def for_nobody(tmp_path):
+    """Let user nobody reach the servers' folder, as far as it depends on us."""
+    for folder in [tmp_path, *tmp_path.parents]:
+        if folder.owner() == "root" and str(folder).startswith("/tmp/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+
+
+@pytest.mark.usefixtures("for_nobody")
+def test_without_privilege_it_starts_and_says_what_would_help(start):
+    server = start(prefix=NO_CAPABILITY)
+    (warning,) = server.lines("WARNING", "hermes:")
+    assert "no permission to use eBPF" in warning
+    assert "CAP_BPF" in warning
+    assert not server.lines("Traceback")
+    assert {server.get("/pid") for _ in range(10)}
+
+
+@pytest.mark.usefixtures("for_nobody")
+def test_strict_refuses_to_start_without_privilege(launch):
+    one_line_error(launch("--hermes-strict", prefix=NO_CAPABILITY), "CAP_BPF", "hermes_strict")
+
+
+@pytest.mark.usefixtures("for_nobody")
+def test_cap_bpf_is_all_it_takes(start):
+    server = start("--hermes-strict", prefix=ONLY_CAP_BPF)
+    assert server.lines("hermes: kernel dispatch")
+
+
+@pytest.mark.usefixtures("for_nobody")
+def test_workers_may_run_as_another_user(start):
+    server = start("--user", "65534", "--group", "65534")
+    assert server.lines("hermes: kernel dispatch")
+    assert {os.stat(f"/proc/{int(server.get('/pid'))}").st_uid} == {65534}
+
+
+def test_a_second_server_on_the_port_is_refused(start, launch):
+    first = start()
+    second = launch(bind=[f"127.0.0.1:{first.port}"])
+    assert second.wait_ended() == 1
+    assert second.lines("Connection in use")
+    first.get("/pid")

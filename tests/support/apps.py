@@ -1,0 +1,76 @@
+"""The application under test; copied beside gunicorn.conf.py, imported by both."""
+
+import json
+import os
+import sys
+import time
+
+worker = None
+
+
+def post_worker_init(this):
+    """Remember the worker, so that the application can show its table."""
+    global worker
+    worker = this
+
+
+def original_sleep():
+    """Return a sleep that blocks, whatever was patched."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey.get_original("time", "sleep") if monkey else time.sleep
+
+
+def table():
+    """Show the worker status table, as far as there is one."""
+    publisher = getattr(worker, "publisher", None)
+    if publisher is None:
+        return {}
+    return {
+        "hermes": True,
+        "slot": publisher.slot,
+        "eligible": publisher.table.eligible(),
+        "rows": [vars(row) | {"queued": row.queued} for row in publisher.table.rows()],
+    }
+
+
+def upgrade(environ):
+    """Answer like a websocket: echo lines on the raw socket until the client ends."""
+    sock = environ["gunicorn.socket"]
+    sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n\r\n")
+    while data := sock.recv(4096):
+        sock.sendall(data)
+    return []
+
+
+def app(environ, start_response):
+    """Do what the path says."""
+    path, query = environ["PATH_INFO"], environ["QUERY_STRING"]
+    status, body = "200 OK", str(os.getpid()).encode()
+    if path == "/table":
+        body = json.dumps(table()).encode()
+    elif path == "/block":
+        original_sleep()(float(query))
+    elif path == "/sleep":
+        time.sleep(float(query))
+    elif path == "/echo":
+        body = environ["wsgi.input"].read()
+    elif path == "/upgrade":
+        from gunicorn.workers.base_async import ALREADY_HANDLED
+
+        upgrade(environ)
+        return ALREADY_HANDLED
+    elif path == "/error":
+        raise RuntimeError("on purpose")
+    elif path == "/fork":
+        pid = os.fork()
+        if not pid:
+            time.sleep(0.05)  # turns the child's own loop
+            os._exit(0)
+        os.waitpid(pid, 0)
+    elif path == "/stream":
+        start_response(status, [("Content-Type", "text/plain")])
+        return (b"%d\n" % i for i in range(int(query)))
+    elif path == "/missing":
+        status = "404 Not Found"
+    start_response(status, [("Content-Length", str(len(body)))])
+    return [body]

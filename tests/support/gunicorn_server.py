@@ -1,0 +1,264 @@
+"""A real gunicorn in a folder and a session of its own, and a small client."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gunicorn
+import psutil
+
+READY_WITHIN = 20.0  # seconds
+GONE_WITHIN = 20.0
+ANSWERED_WITHIN = 15.0
+APPS = Path(__file__).with_name("apps.py")
+# Where the scripts of this environment are; not `python -m gunicorn`, which breaks
+# USR2: the re-executed server finds gunicorn's own modules before the standard ones.
+GUNICORN = Path(sys.executable).with_name("gunicorn")
+# gunicorn 25.1 and later open a control socket in the home directory.
+HAS_CONTROL_SOCKET = tuple(map(int, gunicorn.__version__.split(".")[:2])) >= (25, 1)
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = READY_WITHIN) -> Any:
+    """Wait until the condition holds and return its value."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
+        time.sleep(0.02)
+    return value
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Find a port nobody listens on."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        sock.bind((host, 0))
+        return int(sock.getsockname()[1])
+
+
+class Client:
+    """One connection that speaks HTTP/1.1."""
+
+    def __init__(self, address: tuple[str, int] | str, tls: bool = False) -> None:
+        if isinstance(address, str):
+            self.sock = socket.socket(socket.AF_UNIX)
+            self.sock.settimeout(ANSWERED_WITHIN)
+            self.sock.connect(address)
+        else:
+            self.sock = socket.create_connection(address, timeout=ANSWERED_WITHIN)
+        if tls:
+            context = ssl._create_unverified_context()
+            self.sock = context.wrap_socket(self.sock)
+        self.buffer = b""
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.sock.close()
+
+    def send(self, path: str, body: bytes | None = None, extra: str = "", method: str = "") -> None:
+        """Send a request and do not wait for the answer."""
+        method = method or ("GET" if body is None else "POST")
+        length = "" if body is None else f"Content-Length: {len(body)}\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nHost: test\r\n{length}{extra}\r\n"
+        self.sock.sendall(head.encode() + (body or b""))
+
+    def _until(self, mark: bytes) -> bytes:
+        while mark not in self.buffer:
+            self._more()
+        part, _, self.buffer = self.buffer.partition(mark)
+        return part
+
+    def _more(self) -> None:
+        data = self.sock.recv(65536)
+        if not data:
+            raise ConnectionError(f"closed by the server after {self.buffer!r}")
+        self.buffer += data
+
+    def _exactly(self, length: int) -> bytes:
+        while len(self.buffer) < length:
+            self._more()
+        part, self.buffer = self.buffer[:length], self.buffer[length:]
+        return part
+
+    def receive(self, head_only: bool = False) -> tuple[int, bytes]:
+        """Read one answer: its status and its body."""
+        head = self._until(b"\r\n\r\n").decode().lower()
+        status = int(head.split()[1])
+        length = re.search(r"content-length: (\d+)", head)
+        if head_only:
+            return status, b""
+        if length:
+            return status, self._exactly(int(length[1]))
+        if "transfer-encoding: chunked" not in head:
+            return status, b""
+        body = b""
+        while size := int(self._until(b"\r\n"), 16):
+            body += self._exactly(size)
+            self._until(b"\r\n")
+        self._until(b"\r\n")
+        return status, body
+
+    def get(self, path: str = "/pid", **options: Any) -> bytes:
+        """Send a request and return the body of its answer, which must be a 200."""
+        self.send(path, **options)
+        status, body = self.receive()
+        assert status == 200, (status, body)
+        return body
+
+
+class Server:
+    """A running gunicorn.
+
+    Attributes:
+        port: of 127.0.0.1, unless ``bind`` was given.
+        process: the arbiter.
+    """
+
+    def __init__(self, folder: Path, *arguments: str, **options: Any) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.log_path = folder / "gunicorn.log"
+        self.tls = "--certfile" in arguments
+        bind: list[str] = options.pop("bind", [f"127.0.0.1:{self.port}"])
+        workers: int = options.pop("workers", 2)
+        conf: str = options.pop("conf", "")
+        worker_class: str | None = options.pop("worker_class", "hermes")
+        environ: dict[str, str] = options.pop("environ", {})
+        prefix: list[str] = options.pop("prefix", [])
+        app: str = options.pop("app", "apps:app")
+        assert not options
+        # A copy, so that servers import nothing from the checkout beside it.
+        (folder / "apps.py").write_text(APPS.read_text())
+        (folder / "gunicorn.conf.py").write_text("from apps import post_worker_init\n" + conf)
+        command = [*prefix, str(GUNICORN), "-w", str(workers), "--graceful-timeout", "10"]
+        if worker_class:
+            command += ["-k", worker_class]
+        for address in bind:
+            command += ["-b", address]
+        if HAS_CONTROL_SOCKET:
+            command.append("--no-control-socket")
+        with self.log_path.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, *arguments, app],
+                cwd=folder,
+                env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environ},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.workers_wanted = workers
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """The default bind address."""
+        return ("127.0.0.1", self.port)
+
+    @property
+    def log(self) -> str:
+        """All that gunicorn and the application wrote so far."""
+        return self.log_path.read_text()
+
+    def lines(self, *words: str) -> list[str]:
+        """Return the log's lines that hold all of the words."""
+        return [line for line in self.log.splitlines() if all(word in line for word in words)]
+
+    def connect(self) -> Client:
+        """Open a connection."""
+        return Client(self.address, self.tls)
+
+    def get(self, path: str = "/pid", **options: Any) -> bytes:
+        """Send one request on a connection of its own."""
+        with self.connect() as client:
+            return client.get(path, **options)
+
+    def table(self) -> dict[str, Any]:
+        """Ask a worker for the table: ``eligible``, and ``rows`` by slot."""
+        answer: dict[str, Any] = json.loads(self.get("/table"))
+        return answer
+
+    def rows(self, *states: int) -> list[dict[str, int]]:
+        """Return the rows of workers that are ready, or in the given states."""
+        wanted = states or (2,)
+        return [row for row in self.table()["rows"] if row["state"] in wanted]
+
+    def worker_pids(self) -> set[int]:
+        """Return the arbiter's children."""
+        with contextlib.suppress(psutil.Error):
+            return {child.pid for child in psutil.Process(self.process.pid).children()}
+        return set()
+
+    def wait_ready(self, workers: int | None = None) -> Server:
+        """Wait until that many workers accept."""
+        wanted = self.workers_wanted if workers is None else workers
+
+        def ready() -> bool:
+            assert self.process.poll() is None, f"gunicorn ended:\n{self.log}"
+            with contextlib.suppress(OSError, ConnectionError, AssertionError, ValueError):
+                if "hermes" in self.table():
+                    return len(self.rows()) == wanted
+                return len(self.worker_pids()) == wanted
+            return False
+
+        try:
+            wait_for(ready, f"{wanted} ready workers")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log}") from None
+        return self
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send the arbiter a signal."""
+        self.process.send_signal(number)
+
+    def wait_ended(self) -> int:
+        """Wait for the arbiter's end and return its exit status."""
+        return self.process.wait(GONE_WITHIN)
+
+    def kill(self) -> None:
+        """End all that belongs to the server, whatever its state."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGCONT)
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(GONE_WITHIN)
+
+
+@contextlib.contextmanager
+def under_load(server: Server, rate: float = 100) -> Iterator[list[str]]:
+    """Send requests on new connections all the time; collect what fails."""
+    import threading
+
+    failures: list[str] = []
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(1 / rate):
+            try:
+                server.get("/pid")
+            except (OSError, ConnectionError) as error:
+                failures.append(repr(error))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield failures
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
