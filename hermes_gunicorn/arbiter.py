@@ -12,6 +12,7 @@ run before the user's own, which are still called:
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ __all__ = ["Assignment", "Coordinator", "install"]
 
 _MIN_ROWS = 256  # 32 KiB; enough for HUP, which doubles the workers, and many a TTIN
 _ROWS_PER_WORKER = 4
+_STOP = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
 
 
 class Assignment:
@@ -53,6 +55,13 @@ class Assignment:
         if self.slot is None:
             return Publisher.unseen()
         return Publisher(self._coordinator.table, self.slot)
+
+    def told_to_stop(self) -> bool:
+        """In the worker: whether a signal to stop went to the arbiter's handlers."""
+        queue = self._coordinator.server.SIG_QUEUE
+        if isinstance(queue, list):  # gunicorn 23
+            return not _STOP.isdisjoint(queue)
+        return any(queue.get_nowait() in _STOP for _ in range(queue.qsize()))
 
 
 class Coordinator:

@@ -55,7 +55,8 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
         """Serve until told to stop, then drain. Follows ``GeventWorker.run``."""
         self._watch_poll()
         servers = self._start_servers()
-        self.publisher.ready(self.worker_connections)
+        if self.alive:
+            self.publisher.ready(self.worker_connections)
         while self.alive:
             self.notify()
             self._settle(servers)

@@ -55,6 +55,17 @@ class HermesMixin(_Base):  # type: ignore[misc]
         finally:
             self.publisher.dead()
 
+    def init_signals(self) -> None:
+        """Take the signals over, and obey what came before that was possible.
+
+        From the fork until here they run the arbiter's handlers, which put them into
+        the child's copy of a queue that nobody reads. A TERM lost there leaves a worker
+        that must be killed after graceful_timeout, with the requests it serves.
+        """
+        super().init_signals()
+        if self.assignment and self.assignment.told_to_stop():
+            self.alive = False
+
     def exclusive(self) -> list[bool]:
         """Say for each of ``sockets`` whether it is this worker's alone."""
         return self.assignment.exclusive if self.assignment else [False] * len(self.sockets)

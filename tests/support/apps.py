@@ -48,6 +48,8 @@ def app(environ, start_response):
     status, body = "200 OK", str(os.getpid()).encode()
     if path == "/table":
         body = json.dumps(table()).encode()
+    elif path == "/threshold":
+        body = str(worker.publisher.table.hang_threshold_ns).encode()
     elif path == "/block":
         original_sleep()(float(query))
     elif path == "/sleep":

@@ -132,7 +132,7 @@ class Server:
 
     def __init__(self, folder: Path, *arguments: str, **options: Any) -> None:
         self.folder = folder
-        self.port = free_port()
+        self.port: int = options.pop("port", None) or free_port()
         self.log_path = folder / "gunicorn.log"
         self.tls = "--certfile" in arguments
         bind: list[str] = options.pop("bind", [f"127.0.0.1:{self.port}"])

@@ -51,7 +51,8 @@ def test_importing_gunicorn_registers_the_worker_and_the_settings():
     code = (
         "import gunicorn.config as c, gunicorn.workers as w, sys;"
         "print('hermes' in w.SUPPORTED_WORKERS, c.Config().hermes_loader,"
-        " any('hermes_gunicorn.registration' in repr(f) for f in sys.meta_path), 'gevent' in sys.modules)"
+        " any('hermes_gunicorn.registration' in repr(f) for f in sys.meta_path),"
+        " 'gevent' in sys.modules)"
     )
     # Registered, and the finder has gone; gevent is for the worker alone.
     assert evaluate(code) == "True auto False False"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import ModuleType
 
@@ -46,9 +47,8 @@ def test_good_values_are_kept(name, value, stored):
     ],
 )
 def test_bad_values_are_refused_in_one_line_that_says_what_to_do(name, value, says):
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
         Config().set(name, value)
-    assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
