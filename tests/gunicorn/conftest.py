@@ -59,8 +59,8 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("tls")
     key, cert = folder / "key.pem", folder / "cert.pem"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
-        + ["-subj", "/CN=localhost", "-keyout", key, "-out", cert],
+        f"openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost"
+        f" -keyout {key} -out {cert}".split(),
         check=True,
         capture_output=True,
         timeout=60,

@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import socket
+import time
 
 import pytest
 from gunicorn_server import Server, under_load, wait_for
@@ -155,7 +156,7 @@ def test_preload(start, worker_class):
 def test_reload_on_a_changed_file(start, worker_class):
     server = start("--reload", "--reload-engine", "poll", worker_class=worker_class)
     old = server.worker_pids()
-    stamp = itertools.count(1)
+    stamp = itertools.count(time.time() + 1)
 
     def replaced() -> bool:
         # Again and again: the reloader may not have looked at the file before.

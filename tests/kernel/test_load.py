@@ -65,7 +65,7 @@ def test_the_verifier_passes_it_with_and_without_migration(kernel: KernelTable, 
 
 def test_a_program_the_verifier_refuses_is_refused_with_its_words():
     program = Program("broken", bytes.fromhex("9500000000000000"), [], b"GPL", "test")
-    with pytest.raises(BpfError, match="R0 !read_ok|processed") as caught:
+    with pytest.raises(BpfError, match=r"R0 !read_ok|processed") as caught:
         syscall.load_program(program, {})
     assert "R0 !read_ok" in caught.value.log
     assert "\n" not in str(caught.value)
