@@ -21,7 +21,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -56,6 +57,11 @@ class Outcome:
     def percentile(self, percent: int) -> float:
         """Return a percentile of the latencies in milliseconds."""
         return statistics.quantiles(self.latencies, n=100)[percent - 1] * 1000
+
+    @property
+    def measured(self) -> bool:
+        """Whether enough requests were answered to speak of percentiles."""
+        return len(self.latencies) > 1
 
     @property
     def slow_share(self) -> float:
@@ -122,8 +128,8 @@ def wait_until_ready(server: subprocess.Popen[bytes], port: int, workers: int) -
         if server.poll() is not None:
             raise SystemExit(f"gunicorn ended with status {server.returncode}; see above")
         try:
-            seen.add(asyncio.run(request(port, "/pid")))
-        except OSError:
+            seen.add(asyncio.run(asyncio.wait_for(request(port, "/pid"), 1)))
+        except (OSError, asyncio.TimeoutError):
             time.sleep(0.05)
     if not seen:
         raise SystemExit(f"gunicorn did not answer within {READY_WITHIN:.0f} s")
@@ -161,6 +167,9 @@ def report(outcomes: list[Outcome]) -> None:
     """Print the table."""
     print(f"\n{'':33}requests  failed  p50 ms  p99 ms  max ms  over 200 ms  per worker")
     for outcome in outcomes:
+        if not outcome.measured:
+            print(f"{outcome.server:33}too few answers to measure; {dict(outcome.failed)}")
+            continue
         counts = sorted(outcome.answers.values())
         print(
             f"{outcome.server:33}{len(outcome.latencies) + outcome.blocking:8}"
@@ -174,9 +183,10 @@ def report(outcomes: list[Outcome]) -> None:
 
 def conclude(outcomes: list[Outcome]) -> str:
     """Say in a sentence what the numbers say."""
-    ours, others = outcomes[0], outcomes[1:]
-    if not others or "hermes" not in ours.server:
-        return ""
+    ours = next((outcome for outcome in outcomes if "hermes" in outcome.server), None)
+    others = [outcome for outcome in outcomes if outcome is not ours]
+    if ours is None or not others or not all(outcome.measured for outcome in outcomes):
+        return "No comparison: it takes the hermes server, another one, and answers from each."
     verdicts = []
     for other in others:
         if ours.slow_share < other.slow_share:
@@ -185,11 +195,26 @@ def conclude(outcomes: list[Outcome]) -> str:
             word = "as many as"
         else:
             word = "MORE than"
-        verdicts.append(f"{word} under `{other.server}` ({other.slow_share:.1%})")
+        seen = f"{other.slow_share:.1%}, p99 {other.percentile(99):.1f} ms"
+        verdicts.append(f"{word} under `{other.server}` ({seen})")
+    failed = f" {ours.failed.total()} requests to it FAILED." if ours.failed else ""
     return (
         f"Under `{ours.server}` {ours.slow_share:.1%} of the requests that did not block"
-        f" anything took over 200 ms: {', '.join(verdicts)}."
+        f" anything took over 200 ms (p99 {ours.percentile(99):.1f} ms): {', '.join(verdicts)}."
+        f"{failed}"
     )
+
+
+def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """Make an argparse type for numbers above zero."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be above zero, not {text}")
+        return value
+
+    return number
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -197,9 +222,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=200, help="requests/s (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=8, help="per server (%(default)s)")
+    parser.add_argument("--workers", type=positive(int), default=8, help="(%(default)s)")
+    positive_float = positive(float)
+    parser.add_argument("--rate", type=positive_float, default=200, help="requests/s (%(default)s)")
+    parser.add_argument(
+        "--seconds", type=positive_float, default=8, help="per server (%(default)s)"
+    )
     parser.add_argument(
         "--blocking", type=float, default=0.01, help="share that blocks (%(default)s)"
     )
@@ -213,6 +241,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Run the demo; exit 1 if a request to the hermes server failed."""
     arguments = parse()
+    # So that `finally` stops the server also when the demo itself is told to stop.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     print(
         f"{arguments.rate:g} requests/s for {arguments.seconds:g} s, each on a new connection;"
         f" {arguments.blocking:.0%} of them block their worker for {arguments.block_ms} ms;"
@@ -225,10 +255,16 @@ def main() -> None:
     report(outcomes)
     print("\n" + conclude(outcomes))
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+        try:
+            arguments.json.write_text(json.dumps([vars(o) for o in outcomes], indent=1) + "\n")
+        except OSError as error:
+            raise SystemExit(f"cannot write the outcomes: {error}") from None
     if any("hermes" in outcome.server and outcome.failed for outcome in outcomes):
         raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped")

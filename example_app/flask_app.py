@@ -8,7 +8,15 @@ import workload
 from flask import Flask, Response, request
 from workload import number
 
+
+class Text(Response):
+    """An answer that no browser takes for HTML; some repeat what they were sent."""
+
+    default_mimetype = "text/plain"
+
+
 app = Flask(__name__)
+app.response_class = Text
 
 
 @app.errorhandler(workload.BadNumber)
@@ -54,7 +62,7 @@ def sleep() -> str:
 def stream() -> Response:
     """Stream ``chunks`` lines, ``ms`` milliseconds apart."""
     count, ms = number(request.args, "chunks", 10), number(request.args, "ms", 10)
-    return Response(workload.chunks(count, ms), mimetype="text/plain")
+    return Text(workload.chunks(count, ms))
 
 
 @app.post("/echo")

@@ -54,7 +54,8 @@ def wait(ms: int) -> None:
 
 
 def chunks(count: int, ms: int) -> Iterator[bytes]:
-    """Yield numbered lines with a pause before each."""
+    """Yield numbered lines with a pause between them."""
     for i in range(count):
-        wait(ms)
+        if i:
+            wait(ms)
         yield b"chunk %d\n" % i

@@ -18,7 +18,6 @@ STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
 def launch(tmp_path: Path) -> Iterator[Start]:
     """Start servers without waiting for them."""
     servers: list[Server] = []
-    tmp_path.chmod(0o755)
 
     def start(*arguments: str, **options: Any) -> Server:
         folder = tmp_path / f"server{len(servers)}"

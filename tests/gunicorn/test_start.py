@@ -10,9 +10,19 @@ from gunicorn_server import GUNICORN, Client, free_port
 
 NO_HOOK = {"HERMES_GUNICORN_HOOK": "0"}
 FORMS = ["hermes", "hermes_gunicorn.HermesWorker", "egg:hermes-gunicorn#hermes"]
-NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-NO_CAPABILITY = [*NOBODY, "--bounding-set=-all", "--inh-caps=-all"]
-ONLY_CAP_BPF = [*NOBODY, "--inh-caps=-all,+bpf", "--ambient-caps=-all,+bpf"]
+
+
+def as_nobody(*capabilities: str) -> list[str]:
+    """Return the command prefix that makes a server run as user nobody.
+
+    It may read any file, as nobody knows where this checkout lies, but has no other
+    capability than the given ones.
+    """
+    wanted = ",".join(["-all", "+dac_read_search", *capabilities])
+    return [
+        *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
+        *(f"--inh-caps={wanted}", f"--ambient-caps={wanted}"),
+    ]
 
 
 def one_line_error(server, *words: str) -> str:
@@ -139,17 +149,8 @@ def test_strict_refuses_a_unix_socket_and_leaves_nothing(launch, tmp_path):
     assert not pidfile.exists()
 
 
-@pytest.fixture
-def for_nobody(tmp_path):
-    """Let user nobody reach the servers' folder, as far as it depends on us."""
-    for folder in [tmp_path, *tmp_path.parents]:
-        if folder.owner() == "root" and str(folder).startswith("/tmp/"):
-            folder.chmod(folder.stat().st_mode | 0o055)
-
-
-@pytest.mark.usefixtures("for_nobody")
 def test_without_privilege_it_starts_and_says_what_would_help(start):
-    server = start(prefix=NO_CAPABILITY)
+    server = start(prefix=as_nobody())
     (warning,) = server.lines("WARNING", "hermes:")
     assert "no permission to use eBPF" in warning
     assert "CAP_BPF" in warning
@@ -157,18 +158,15 @@ def test_without_privilege_it_starts_and_says_what_would_help(start):
     assert {server.get("/pid") for _ in range(10)}
 
 
-@pytest.mark.usefixtures("for_nobody")
 def test_strict_refuses_to_start_without_privilege(launch):
-    one_line_error(launch("--hermes-strict", prefix=NO_CAPABILITY), "CAP_BPF", "hermes_strict")
+    one_line_error(launch("--hermes-strict", prefix=as_nobody()), "CAP_BPF", "hermes_strict")
 
 
-@pytest.mark.usefixtures("for_nobody")
-def test_cap_bpf_is_all_it_takes(start):
-    server = start("--hermes-strict", prefix=ONLY_CAP_BPF)
+def test_cap_bpf_is_all_it_takes(start, loader):
+    server = start("--hermes-strict", *loader, prefix=as_nobody("+bpf"))
     assert server.lines("hermes: kernel dispatch")
 
 
-@pytest.mark.usefixtures("for_nobody")
 def test_workers_may_run_as_another_user(start):
     server = start("--user", "65534", "--group", "65534")
     assert server.lines("hermes: kernel dispatch")

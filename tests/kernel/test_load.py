@@ -122,13 +122,13 @@ from hermes_gunicorn.dispatch.kernel import KernelTable
 from hermes_gunicorn.loader import syscall
 from hermes_gunicorn.table import BIND
 program = pickle.load(sys.stdin.buffer)
-PR_SET_KEEPCAPS, CAP_BPF = 8, 39
+PR_SET_KEEPCAPS, CAP_DAC_READ_SEARCH, CAP_BPF = 8, 2, 39
 libc = ctypes.CDLL(None, use_errno=True)
 libc.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0)
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-word = 1 << (CAP_BPF - 32)
-data = (ctypes.c_uint32 * 6)(0, 0, 0, word, word, 0)
+low, high = 1 << CAP_DAC_READ_SEARCH, 1 << (CAP_BPF - 32)
+data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
 assert libc.capset(header, data) == 0
 maps = KernelTable("object", 256).maps()
 maps["hermes_bind"] = syscall.Map("b", syscall.MAP_TYPE_ARRAY, BIND.size, 1)

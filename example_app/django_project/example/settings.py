@@ -9,3 +9,4 @@ ROOT_URLCONF = "example.urls"
 WSGI_APPLICATION = "example.wsgi.application"
 MIDDLEWARE = ["django.middleware.common.CommonMiddleware"]
 USE_TZ = True
+TIME_ZONE = "UTC"  # Django sets TZ from it: the default moves the log to Chicago

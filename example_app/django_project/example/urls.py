@@ -9,7 +9,7 @@ import workload
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.urls import path
 from django.views.decorators.csrf import csrf_exempt
-from django.views.decorators.http import require_POST
+from django.views.decorators.http import require_POST, require_safe
 from workload import number
 
 View = Callable[[HttpRequest], HttpResponseBase]
@@ -20,11 +20,13 @@ def text(body: str, status: int = 200) -> HttpResponse:
     return HttpResponse(body, status=status, content_type="text/plain")
 
 
+@require_safe
 def index(request: HttpRequest) -> HttpResponse:
     """Answer at once."""
     return text(f"ok pid={os.getpid()}\n")
 
 
+@require_safe
 def pid(request: HttpRequest) -> HttpResponse:
     """Say which worker answers."""
     return text(str(os.getpid()))
@@ -45,6 +47,7 @@ def checked(view: View) -> View:
 def timed(work: Callable[[int], None], default: int) -> View:
     """Make a view that works for ``ms`` milliseconds, then answers like ``index``."""
 
+    @require_safe
     @checked
     def view(request: HttpRequest) -> HttpResponse:
         work(number(request.GET, "ms", default))
@@ -53,6 +56,7 @@ def timed(work: Callable[[int], None], default: int) -> View:
     return view
 
 
+@require_safe
 @checked
 def stream(request: HttpRequest) -> StreamingHttpResponse:
     """Stream ``chunks`` lines, ``ms`` milliseconds apart."""

@@ -1,0 +1,202 @@
+"""What the benchmarks share: servers, load, statistics, the result's files."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gunicorn
+import psutil
+
+HERE = Path(__file__).resolve().parent
+RIVALS = {
+    "hermes": ["-k", "hermes", "--hermes-strict"],
+    "hermes-bcc": ["-k", "hermes", "--hermes-strict", "--hermes-loader", "bcc"],
+    "gevent": ["-k", "gevent"],
+    "reuse-port": ["-k", "gevent", "--reuse-port"],
+}
+READY_WITHIN = 60.0  # seconds
+STOPPED_WITHIN = 10.0
+KEEP_ALIVE = 75  # seconds, the same for all
+
+
+def machine() -> dict[str, Any]:
+    """Describe where the numbers come from, without naming the host."""
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    return {
+        "kernel": platform.release().split("-")[0],
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("gunicorn", "gevent", "hermes-gunicorn")},
+        "wrk": "wrk " + tool_version("wrk"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def tool_version(tool: str) -> str:
+    """Return the version a tool prints, or end with a word on how to get it."""
+    if not shutil.which(tool):
+        raise SystemExit(f"{tool} is needed: apt-get install {tool}")
+    run = subprocess.run([tool, "-v"], capture_output=True, text=True, check=False)
+    found = re.search(r"\d+\.\d+(\.\d+)?", run.stdout + run.stderr)
+    return found[0] if found else "?"
+
+
+@dataclass
+class Server:
+    """A running gunicorn: its arbiter and its port."""
+
+    rival: str
+    arbiter: psutil.Process
+    port: int
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self.port}/"
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the arbiter and the workers."""
+        return [self.arbiter, *self.arbiter.children()]
+
+    def cpu_seconds(self) -> float:
+        """Sum what arbiter and workers have used so far, user and system."""
+        return sum(sum(process.cpu_times()[:2]) for process in self.processes())
+
+
+def free_port() -> int:
+    """Find a port nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(rival: str, workers: int) -> Iterator[Server]:
+    """Start a server, wait until all workers have booted, stop it at the end."""
+    port = free_port()
+    command = [sys.executable, "-m", "gunicorn", *RIVALS[rival], "-w", str(workers)]
+    command += ["-b", f"127.0.0.1:{port}", "--keep-alive", str(KEEP_ALIVE), "-c", os.devnull]
+    command += ["--log-level", "info", "--chdir", str(HERE)]
+    if tuple(map(int, gunicorn.__version__.split(".")[:2])) >= (25, 1):
+        command.append("--no-control-socket")
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [*command, "app:app"], stdout=log, stderr=log, start_new_session=True
+        )
+        server = Server(rival, psutil.Process(process.pid), port)
+        try:
+            deadline = time.monotonic() + READY_WITHIN
+            while not _ready(server, workers):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise SystemExit(f"{rival} did not start:\n{log.read()}")
+                time.sleep(0.05)
+            yield server
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOPPED_WITHIN)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)
+            process.wait()
+
+
+def _ready(server: Server, workers: int) -> bool:
+    """Whether the port answers and every worker has turned to waiting for work."""
+    with contextlib.suppress(OSError, psutil.Error):
+        socket.create_connection(("127.0.0.1", server.port), timeout=1).close()
+        children = server.arbiter.children()
+        return len(children) == workers and all(
+            child.status() == psutil.STATUS_SLEEPING and child.cpu_times().user > 0.05
+            for child in children
+        )
+    return False
+
+
+@dataclass
+class Load:
+    """What wrk reported."""
+
+    requests: int
+    per_second: float
+    errors: str
+
+
+def wrk(url: str, seconds: int, connections: int, keep_alive: bool) -> Load:
+    """Send as many requests as possible for a while, from one thread."""
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s"]
+    if not keep_alive:
+        command += ["-H", "Connection: close"]
+    out = subprocess.run([*command, url], capture_output=True, text=True, check=True).stdout
+    errors = re.findall(r"(Socket errors: .*|Non-2xx.*)", out)
+    return Load(
+        int(re.search(r"(\d+) requests in", out)[1]),
+        float(re.search(r"Requests/sec:\s+([\d.]+)", out)[1]),
+        "; ".join(errors),
+    )
+
+
+def median_and_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """Return the median and its 95 % bootstrap interval."""
+    chance = random.Random(seed)
+    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(2000))
+    return statistics.median(values), medians[50], medians[-51]
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def describe(result: dict[str, Any]) -> str:
+    """Say in a line where a result comes from."""
+    m = result["machine"]
+    return (
+        f"Linux {m['kernel']}, {m['cores']} cores ({m['cpu']}), Python {m['python']}, gunicorn"
+        f" {m['gunicorn']}, gevent {m['gevent']}, {m['wrk']}, {m['date']}."
+    )
+
+
+def write(output: Path, result: dict[str, Any], markdown: str) -> None:
+    """Write the raw result, and beside it the tables made from it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    output.with_suffix(".md").write_text(markdown)
+    print(markdown)
+    print(f"written: {output.name}, {output.with_suffix('.md').name}")
+
+
+def parser(description: str, name: str) -> argparse.ArgumentParser:
+    """Make a command line with what all benchmarks take."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--smoke", action="store_true", help="a short run, to see that it works")
+    result.add_argument("--output", type=Path, default=HERE / "results" / f"{name}.json")
+    return result
