@@ -228,14 +228,19 @@ def _coordinator(server: Arbiter) -> Coordinator:
 
 
 def _when_ready(server: Arbiter) -> None:
+    strict = bool(server.cfg.hermes_strict)
     try:
-        _coordinator(server).prepare(strict=bool(server.cfg.hermes_strict))
-    except StrictError:
+        _coordinator(server).prepare(strict)
+    except Exception as error:
+        if not strict:
+            raise
         # gunicorn prints the error and exits; leave nothing behind.
         server.stop(False)
         if server.pidfile is not None:
             server.pidfile.unlink()
-        raise
+        if isinstance(error, StrictError):
+            raise
+        raise StrictError(f"no dispatch: {error!r} (hermes_strict is set)") from error
 
 
 def _pre_fork(server: Arbiter, worker: Worker) -> None:
@@ -287,7 +292,7 @@ def install(cfg: Config) -> None:
     """Put our hooks in front of the user's; more than once is harmless.
 
     Raises:
-        ValueError: a ``hermes_*`` value is not valid.
+        HermesError: a ``hermes_*`` value is not valid.
     """
     settings.ensure(cfg)
     for name, ours in _HOOKS.items():

@@ -11,6 +11,7 @@ from typing import Any
 
 from gunicorn.config import KNOWN_SETTINGS, Config, Setting, validate_bool
 
+from hermes_gunicorn.errors import HermesError
 from hermes_gunicorn.loader import LOADERS
 
 __all__ = ["SETTINGS", "ensure"]
@@ -48,7 +49,8 @@ class HermesLoader(Setting):  # type: ignore[misc]
         Where the kernel program comes from: auto, object or bcc.
 
         ``object`` is the prebuilt one, ``bcc`` compiles it with the system's BCC
-        when the server starts, ``auto`` takes the first that works.
+        when the server starts, ``auto`` takes the first that works. Read at the
+        start only, not at a reload.
         """
 
 
@@ -62,7 +64,8 @@ class HermesStrict(Setting):  # type: ignore[misc]
     desc = """\
         Refuse to start without kernel dispatch on every bind address.
 
-        Without it, an address the kernel cannot dispatch (a Unix socket, no
+        Looked at when the server starts; a reload goes on with a warning. Without
+        it, an address the kernel cannot dispatch (a Unix socket, no
         CAP_BPF, an old kernel) is served as by the plain gevent worker, with a warning.
         """
 
@@ -91,11 +94,13 @@ def ensure(cfg: Config) -> None:
     gunicorn.conf.py alone.
 
     Raises:
-        ValueError: a value there is not valid.
+        HermesError: a value there is not valid.
     """
     file = vars(sys.modules["__config__"]) if "__config__" in sys.modules else {}
     for setting in SETTINGS:
         if setting.name not in cfg.settings:
             cfg.settings[setting.name] = setting()
-            if setting.name in file:
-                cfg.set(setting.name, file[setting.name])
+            try:
+                cfg.set(setting.name, file.get(setting.name, setting.default))
+            except (TypeError, ValueError) as error:
+                raise HermesError(str(error)) from error

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import socket
 from typing import TYPE_CHECKING
 
 from hermes_gunicorn import loader
-from hermes_gunicorn.errors import BpfError, Unsupported
+from hermes_gunicorn.errors import Unsupported
 from hermes_gunicorn.listener import waiting
 from hermes_gunicorn.loader import syscall
 from hermes_gunicorn.table import BIND, CONTROL, SHARED_SLOT, WORKER, Table
@@ -32,13 +33,15 @@ __all__ = ["KernelDispatcher", "KernelTable"]
 _SO_REUSEPORT = getattr(socket, "SO_REUSEPORT", 15)
 _PRIVILEGE = (
     "run it with CAP_BPF (systemd: AmbientCapabilities=CAP_BPF; docker: --cap-add BPF;"
-    " before Linux 5.8: CAP_SYS_ADMIN)"
+    " before Linux 5.8: CAP_SYS_ADMIN; before 5.11 also LimitMEMLOCK=infinity)"
 )
 _KERNEL = "Linux 5.5 or later is needed"
 
 
-def _unsupported(error: OSError) -> Unsupported:
+def _unsupported(error: OSError | Unsupported) -> Unsupported:
     """Say why the kernel refused, and what would help."""
+    if isinstance(error, Unsupported):
+        return error
     if error.errno in (errno.EPERM, errno.EACCES) and not getattr(error, "log", ""):
         return Unsupported(f"no permission to use eBPF ({error})", _PRIVILEGE)
     if error.errno == errno.ENOSYS:
@@ -74,12 +77,9 @@ class KernelTable:
                 )
             self.program, self.loader = loader.load(choice)
             self.table = Table(*(map.mmap() for map in self._maps.values()))
-        except BpfError as error:
+        except (OSError, Unsupported) as error:
             self.close()
             raise _unsupported(error) from error
-        except Unsupported:
-            self.close()
-            raise
 
     def maps(self) -> dict[str, syscall.Map]:
         """Return the shared maps by name."""
@@ -110,6 +110,7 @@ class KernelDispatcher:
         self._shared = shared
         self._listeners: dict[int, BaseSocket] = {}
         self._maps: list[syscall.Map] = []
+        self._memory: mmap.mmap | None = None
         self.program_fd = -1
         reuseport = shared.sock.getsockopt(socket.SOL_SOCKET, _SO_REUSEPORT)
         try:
@@ -119,8 +120,6 @@ class KernelDispatcher:
             self.close()
             with contextlib.suppress(OSError):
                 shared.sock.setsockopt(socket.SOL_SOCKET, _SO_REUSEPORT, reuseport)
-            if isinstance(error, Unsupported):
-                raise
             raise _unsupported(error) from error
         self._close_with_shared()
 
@@ -137,14 +136,14 @@ class KernelDispatcher:
     def _load(self, kernel: KernelTable) -> None:
         counters = syscall.Map(BIND.name, syscall.MAP_TYPE_ARRAY, BIND.size, 1, syscall.F_MMAPABLE)
         self._maps.append(counters)
+        self._memory = counters.mmap()
+        self.counters = memoryview(self._memory)[: BIND.size].cast("Q")
         self._array = syscall.Map(
             "hermes_listeners", syscall.MAP_TYPE_REUSEPORT_SOCKARRAY, 8, kernel.slots
         )
         self._maps.append(self._array)
         maps = kernel.maps() | {map.name: map for map in self._maps}
         self.program_fd, self.migrates = syscall.load_program(kernel.program, maps)
-        self._memory = counters.mmap()
-        self.counters = memoryview(self._memory)[: BIND.size].cast("Q")
 
     def _attach(self) -> None:
         """Make gunicorn's listener the first of a group and hand the group to the program.
@@ -231,8 +230,10 @@ class KernelDispatcher:
         for map in self._maps:
             map.close()
         self._maps.clear()
+        if self._memory is not None:
+            self.counters.release()
+            self._memory.close()  # it holds an fd of its own
+            self._memory = None
         if self.program_fd >= 0:
             os.close(self.program_fd)
             self.program_fd = -1
-            self.counters.release()
-            self._memory.close()

@@ -62,6 +62,12 @@ def test_without_the_hook_an_import_in_the_file_does(start):
     assert server.lines("hermes: kernel dispatch", "hang threshold 0.125 s")
 
 
+def test_a_bad_value_is_found_without_the_hook_as_well(launch):
+    conf = "import hermes_gunicorn\nworker_class = 'hermes'\nhermes_hang_threshold = -1\n"
+    server = launch(worker_class=None, conf=conf, environ=NO_HOOK)
+    one_line_error(server, "hermes_hang_threshold must be 0 (off) or 0.001 to 3600 seconds")
+
+
 def test_flags_win_over_the_file(start):
     conf = "hermes_hang_threshold = 0.5\nhermes_loader = 'bcc'\n"
     server = start("--hermes-hang-threshold", "0.25", conf=conf)
