@@ -267,6 +267,8 @@ class Publisher:
         self._words = table._rows[start : start + WORKER.words]
         self._settled = self._words[_SETTLED]
         self._accepted = 0
+        self._capacity = 1
+        self._state = BOOTING
         os.register_at_fork(after_in_child=self._disown)
 
     @classmethod
@@ -342,24 +344,32 @@ class Publisher:
         """
         dispatched = self._words[_DISPATCHED]
         ahead = (dispatched - self._settled) & _MASK
-        quiet = monotonic_ns() - self._words[_LAST_DISPATCH] >= quiet_ns
-        if quiet or ahead >> 63:
+        age = monotonic_ns() - self._words[_LAST_DISPATCH]
+        # A dispatch in the future is none: someone has scribbled over the row.
+        if not 0 <= age < quiet_ns or ahead >> 63:
             self._settled = dispatched
             self._words[_SETTLED] = dispatched
 
     def ready(self, capacity: int) -> None:
         """Accept from now on; up to ``capacity`` requests at once."""
-        self._words[_CAPACITY] = max(capacity, 1)
-        self.table.set_state(self.slot, READY)
+        self._capacity = max(capacity, 1)
+        self._state = READY
+        self.refresh()
 
     def refresh(self) -> None:
-        """Mend the bitmap's word, should a sibling have died over it."""
-        self.table.refresh_eligible(self.slot // SLOTS_PER_GROUP)
+        """Publish anew all that stays as it is, should someone have scribbled over it."""
+        self._words[_CAPACITY] = self._capacity
+        self._words[_CONNECTIONS] = self.connections
+        self._words[_REQUESTS] = self.requests
+        self._words[_SETTLED] = self._settled & _MASK
+        self.table.set_state(self.slot, self._state)
 
     def draining(self) -> None:
         """Take no more; what was sent here already is still accepted."""
-        self.table.set_state(self.slot, DRAINING)
+        self._state = DRAINING
+        self.refresh()
 
     def dead(self) -> None:
         """The process is about to end."""
-        self.table.set_state(self.slot, DEAD)
+        self._state = DEAD
+        self.refresh()

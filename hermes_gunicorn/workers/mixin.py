@@ -71,6 +71,6 @@ class HermesMixin(_Base):  # type: ignore[misc]
         return self.assignment.exclusive if self.assignment else [False] * len(self.sockets)
 
     def notify(self) -> None:
-        """Tell the arbiter that the loop turns; about once a second."""
+        """Tell the arbiter that the loop turns, and mend the row; about once a second."""
         super().notify()
         self.publisher.refresh()

@@ -50,6 +50,10 @@ def app(environ, start_response):
         body = json.dumps(table()).encode()
     elif path == "/threshold":
         body = str(worker.publisher.table.hang_threshold_ns).encode()
+    elif path == "/scramble":
+        memory = worker.publisher.table
+        for words in (memory._rows, memory._control):
+            words[:] = memoryview(os.urandom(words.nbytes)).cast("Q")
     elif path == "/block":
         original_sleep()(float(query))
     elif path == "/sleep":

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -75,7 +76,7 @@ class Client:
         """Send a request and do not wait for the answer."""
         method = method or ("GET" if body is None else "POST")
         length = "" if body is None else f"Content-Length: {len(body)}\r\n"
-        head = f"{method} {path} HTTP/1.1\r\nHost: test\r\n{length}{extra}\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n{length}{extra}\r\n"
         self.sock.sendall(head.encode() + (body or b""))
 
     def _until(self, mark: bytes) -> bytes:
@@ -142,10 +143,14 @@ class Server:
         environ: dict[str, str] = options.pop("environ", {})
         prefix: list[str] = options.pop("prefix", [])
         app: str = options.pop("app", "apps:app")
+        files: Path | None = options.pop("files", None)
         assert not options
-        # A copy, so that servers import nothing from the checkout beside it.
-        (folder / "apps.py").write_text(APPS.read_text())
-        (folder / "gunicorn.conf.py").write_text("from apps import post_worker_init\n" + conf)
+        # Copies, so that servers import nothing from the checkout beside them.
+        if files:
+            shutil.copytree(files, folder, dirs_exist_ok=True)
+        else:
+            (folder / "apps.py").write_text(APPS.read_text())
+            (folder / "gunicorn.conf.py").write_text("from apps import post_worker_init\n" + conf)
         command = [*prefix, str(GUNICORN), "-w", str(workers), "--graceful-timeout", "10"]
         if worker_class:
             command += ["-k", worker_class]

@@ -113,6 +113,23 @@ def test_a_stale_word_of_the_bitmap_is_mended_by_any_worker(shared):
     assert shared.eligible() == 0b10
 
 
+def test_a_row_that_was_scribbled_over_is_mended_by_its_worker(shared):
+    pen = Publisher(shared, 1)
+    pen.ready(4)
+    pen.opened(own=True)
+    kernel_words(shared, 1, dispatched=1)
+    before = shared.row(1)
+    at = WORKER.words
+    for i in range(WORKER.words):
+        shared._rows[at + i] = 2**64 - 1 - i
+    pen.refresh()
+    pen.settle(quiet_ns=3 * SECOND)
+    after = shared.row(1)
+    for word in ("state", "requests", "connections", "capacity", "queued"):
+        assert getattr(after, word) == getattr(before, word)
+    assert shared.eligible() == 0b10
+
+
 def test_a_new_owner_inherits_what_waits_and_nothing_else(shared):
     shared.claim(1)
     pen = Publisher(shared, 1)
