@@ -98,6 +98,7 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
  * then computes an address outside.
  */
 #define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("nounroll")
 
 /* Where a TCP header keeps its flags (RFC 9293, 3.1). */
 #define TCP_HEADER_MIN 20
@@ -193,8 +194,8 @@ static __always_inline __u64 hang_limit(__u64 now, __u64 threshold)
 }
 
 /*
- * Zero, a worker in poll, wraps to the largest value. So does nothing else: a
- * worker may have woken on another CPU after we read the clock, and is not hung.
+ * Never hung: zero, a worker in poll, which wraps to the largest value; and a time
+ * after now, as a worker may have woken on another CPU since we read the clock.
  */
 static __always_inline int is_hung(__u64 busy_since, __u64 limit)
 {
@@ -202,8 +203,9 @@ static __always_inline int is_hung(__u64 busy_since, __u64 limit)
 }
 
 /*
- * Lower is better: relative load first, then workers in poll, then connections.
- * No branches: the verifier walks each way through the loop below once per slot.
+ * Lower is better: requests in flight or queued, relative to capacity; then workers
+ * in poll before busy ones; then fewest connections. No branches: the verifier walks
+ * each way through the loop below once per slot.
  */
 static __always_inline __u64 rank(const struct hermes_worker *worker, __u64 busy_since)
 {
@@ -230,9 +232,9 @@ static __always_inline struct choice least_loaded(__u32 first, __u64 eligible, _
 	};
 	__u64 lowest = opaque(~0ULL, now);
 
-	_Pragma("nounroll") /* 64 copies of the body would be a program of 36 KB */
-		for (__u32 i = 0; i < HERMES_SLOTS_PER_GROUP; i++)
-	{
+	/* 64 copies of the body would be a program of 36 KB. */
+	NO_UNROLL
+	for (__u32 i = 0; i < HERMES_SLOTS_PER_GROUP; i++) {
 		__u32 slot = first + i;
 		struct hermes_worker *worker;
 		__u64 busy_since, worker_rank;
