@@ -83,8 +83,8 @@ def table(result: dict[str, Any]) -> str:
         f"`python bench/hang.py`. {harness.describe(result)}\n\n"
         f"{p['rate']:g} requests/s, {p['blocking']:.0%} of them block their worker for"
         f" {p['block_ms']} ms and are not counted; {p['seeds']} plans of {p['seconds']:g} s, the"
-        " same for all. p99: median and range over the plans. With 4 workers all of them are blocked"
-        " at times, and nobody can answer.\n\n" + harness.markdown_table(header, rows)
+        " same for all. p99: median and range over the plans. With 4 workers all of them are"
+        " blocked at times, and nobody can answer.\n\n" + harness.markdown_table(header, rows)
     )
 
 

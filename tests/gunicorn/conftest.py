@@ -11,7 +11,6 @@ import pytest
 from gunicorn_server import Server
 
 Start = Callable[..., Server]
-STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
 
 
 @pytest.fixture
@@ -41,15 +40,6 @@ def start(launch: Start) -> Start:
 def loader(request: pytest.FixtureRequest) -> list[str]:
     """The flags for each loader in turn."""
     return ["--hermes-loader", str(request.param)]
-
-
-@pytest.fixture
-def bpf_stats() -> Iterator[None]:
-    """Have the kernel count program runs during the test."""
-    before = STATS.read_text()
-    STATS.write_text("1")
-    yield
-    STATS.write_text(before)
 
 
 @pytest.fixture(scope="session")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from kernel_bind import Bind, MakeBind, set_row
 
 from hermes_gunicorn.dispatch.kernel import KernelTable
 from hermes_gunicorn.table import READY
-
-STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
 
 
 @pytest.fixture(params=["object", "bcc"])
@@ -53,12 +50,3 @@ def bind(make_bind: MakeBind) -> Bind:
         set_row(bind.table, slot, capacity=1000)
         bind.table.set_state(slot, READY)
     return bind
-
-
-@pytest.fixture
-def bpf_stats() -> Iterator[None]:
-    """Have the kernel count program runs during the test."""
-    before = STATS.read_text()
-    STATS.write_text("1")
-    yield
-    STATS.write_text(before)
