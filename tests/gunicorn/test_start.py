@@ -174,7 +174,9 @@ def test_cap_bpf_is_all_it_takes(start, loader):
 
 
 def test_workers_may_run_as_another_user(start):
-    server = start("--user", "65534", "--group", "65534")
+    # Imported by the arbiter: the interpreter may lie where nobody can read it.
+    conf = "import hashlib, random, json\n"
+    server = start("--user", "65534", "--group", "65534", conf=conf)
     assert server.lines("hermes: kernel dispatch")
     assert {os.stat(f"/proc/{int(server.get('/pid'))}").st_uid} == {65534}
 
