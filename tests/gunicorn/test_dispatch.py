@@ -66,7 +66,7 @@ def blocked(row: dict[str, int]) -> bool:
 
 
 def test_no_connection_waits_on_a_blocked_worker(start, loader, bpf_stats):
-    """400 connections in the 3 s that one of 4 workers is blocked: none meets it."""
+    """400 connections in the 5 s that one of 4 workers is blocked: none meets it."""
     server = start(*loader, workers=4)
     with two_workers(server) as (blocker, victim, other):
 
@@ -75,7 +75,7 @@ def test_no_connection_waits_on_a_blocked_worker(start, loader, bpf_stats):
             return table["rows"]
 
         before, runs = rows(), program_runs(server)
-        blocker.send("/block?3")
+        blocker.send("/block?5")
         wait_for(lambda: blocked(rows()[victim]), "the block")
         started = time.monotonic()
         answers: Counter[bytes] = Counter()
@@ -84,7 +84,7 @@ def test_no_connection_waits_on_a_blocked_worker(start, loader, bpf_stats):
             sent = time.monotonic()
             answers[server.get("/pid")] += 1
             slowest = max(slowest, time.monotonic() - sent)
-        assert time.monotonic() - started < 2.5, "the machine was too slow for this test"
+        assert time.monotonic() - started < 4.5, "the machine was too slow for this test"
         after = rows()
         pid = blocker.receive()[1]
     assert answers[pid] == 0
