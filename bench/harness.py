@@ -129,15 +129,18 @@ def serving(rival: str, workers: int) -> Iterator[Server]:
 
 
 def _ready(server: Server, workers: int) -> bool:
-    """Whether the port answers and every worker has turned to waiting for work."""
+    """Whether the port answers and every worker waits in its event loop."""
     with contextlib.suppress(OSError, psutil.Error):
         socket.create_connection(("127.0.0.1", server.port), timeout=1).close()
         children = server.arbiter.children()
-        return len(children) == workers and all(
-            child.status() == psutil.STATUS_SLEEPING and child.cpu_times().user > 0.05
-            for child in children
-        )
+        return len(children) == workers and all(map(_in_poll, children))
     return False
+
+
+def _in_poll(process: psutil.Process) -> bool:
+    fds = Path(f"/proc/{process.pid}/fd").iterdir()
+    has_loop = any("eventpoll" in os.readlink(fd) for fd in fds)
+    return has_loop and process.status() == psutil.STATUS_SLEEPING
 
 
 @dataclass
