@@ -8,8 +8,6 @@ Importing the package makes the worker names and the ``hermes_*`` settings known
 to gunicorn, if gunicorn is loaded already, and imports nothing else.
 """
 
-from __future__ import annotations
-
 from hermes_gunicorn import registration
 
 TYPE_CHECKING = False
