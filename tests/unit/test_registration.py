@@ -17,7 +17,8 @@ def python(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run this interpreter anew."""
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, **environ},
+        # As users run it: with the bytecode of the last run.
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "", **environ},
         capture_output=True,
         text=True,
         timeout=30,
