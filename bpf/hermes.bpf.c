@@ -5,10 +5,16 @@
  * is attached to, and, with BPF_SK_REUSEPORT_SELECT_OR_MIGRATE, for every waiting
  * connection of a listener that closes.
  *
- * Among the eligible, ready workers that are not hung by the kernel's own clock
- * it takes the one with the lowest rank(); ties are broken by the packet's hash.
- * With no such worker the connection goes to the shared listener (slot 0), where
- * the first worker to come back takes it.
+ * Healthy is a worker that is eligible, allowed for this bind, ready, and not hung
+ * by the kernel's own clock. Of those, policy least_loaded takes the one with the
+ * lowest rank(), ties broken by the packet's hash; policy cascade takes one by hash
+ * among those that userspace selected, and searches only when that one is unfit.
+ * With no healthy worker the connection goes to the shared listener (slot 0), where
+ * the first worker to come back takes it. hermes_gunicorn/policy.py is the model
+ * this is tested against; docs/policies.md tells what each policy is for.
+ *
+ * Slots come in groups of 64, one bitmap word each. However many there are, two are
+ * looked at: the cost per connection and the verifier's work stay bounded.
  *
  * One instance per bind address: the socket array must hold listeners of the
  * reuseport group the packet arrived at. All instances share control and workers.
@@ -106,23 +112,42 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 #define TCP_SYN 0x02
 #define TCP_ACK 0x10
 
+/* Where IP headers keep their addresses (RFC 791, RFC 8200), and how ctx names IPv6. */
+#define IPV4_SOURCE 12
+#define IPV4_DESTINATION 16
+#define IPV6_SOURCE 8
+#define IPV6_DESTINATION 24
+#define ETH_P_IPV6_NETWORK 0xdd86 /* big-endian 0x86dd as this machine reads it */
+
 /*
- * rank(), from the top: 39 bits of load relative to capacity, one bit for busy, 24
- * bits of connections. Honest values fit; others are cut, for any rank is safe.
+ * rank(), from the top: 39 bits of load, one bit for busy, 24 bits of connections.
+ * Honest values fit; others are cut, for any rank is safe.
  */
 #define LOAD_SHIFT 25
-#define LOAD_FRACTION_SHIFT 20
-#define LOAD_MASK ((1ULL << 19) - 1)
+#define REQUESTS_MASK ((1ULL << 19) - 1)
+#define WEIGHT_MASK ((2ULL << HERMES_WEIGHT_SHIFT) - 1)
 #define BUSY_SHIFT 24
 #define CONNECTIONS_MASK ((1ULL << BUSY_SHIFT) - 1)
 
+/* A group of 64 slots as this bind sees it. */
 struct group {
 	__u32 first; /* its first slot */
-	__u64 eligible; /* bit i: slot first + i */
+	__u64 usable; /* bit i: slot first + i is eligible and allowed */
+	__u64 selected; /* the same, narrowed by stage 1 of the cascade */
 };
 
+/* The groups a connection may go to. */
+struct groups {
+	struct group first;
+	struct group second; /* usable is 0 when there is none */
+	__u64 own; /* bit i: group i is of the connection's locality */
+};
+
+/* The healthy workers of the lowest rank in a group. */
 struct choice {
-	__u64 ties; /* the group's slots of the lowest rank, as bits */
+	__u32 first; /* the group's first slot */
+	__u64 lowest; /* their rank */
+	__u64 ties; /* bit i: slot first + i is one of them */
 	__u64 hung; /* how many were skipped as hung */
 };
 
@@ -134,7 +159,10 @@ static __always_inline __u32 popcount(__u64 word)
 	return (word * 0x0101010101010101ULL) >> 56;
 }
 
-/* Position of the n-th (from 0) set bit of word; n < popcount(word), else anything. */
+/*
+ * Position of the n-th (from 0) set bit of word; n < popcount(word), else anything
+ * below 64. Without branches: which bit it is, nobody can predict.
+ */
 static __always_inline __u32 nth_set_bit(__u64 word, __u32 n)
 {
 	__u32 position = 0;
@@ -142,12 +170,12 @@ static __always_inline __u32 nth_set_bit(__u64 word, __u32 n)
 	UNROLL
 	for (__u32 width = 32; width; width >>= 1) {
 		__u32 below = popcount(word & ((1ULL << width) - 1));
+		/* 1 if the bit is in the upper half: n >= below. */
+		__u32 upper = (below - 1 - n) >> 31;
 
-		if (n >= below) {
-			n -= below;
-			word >>= width;
-			position += width;
-		}
+		n -= below * upper;
+		word >>= width * upper;
+		position += width * upper;
 	}
 	return position;
 }
@@ -171,6 +199,14 @@ static __always_inline int opens_connection(struct sk_reuseport_md *ctx)
 	if ((void *)(header + TCP_HEADER_MIN) > ctx->data_end)
 		return 1;
 	return (header[TCP_FLAGS_OFFSET] & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
+/* 1 if any bit is set, without the branch that a compiler makes of !!word. */
+static __always_inline __u64 is_set(__u64 word)
+{
+	word |= -word;
+	asm volatile("" : "+r"(word));
+	return word >> 63;
 }
 
 /*
@@ -210,38 +246,38 @@ static __always_inline int is_hung(__u64 busy_since, __u64 limit)
 static __always_inline __u64 rank(const struct hermes_worker *worker, __u64 busy_since)
 {
 	__u64 queued = READ_ONCE(worker->dispatched) - READ_ONCE(worker->settled);
-	__u64 busy = (busy_since | -busy_since) >> 63;
+	__u64 busy = is_set(busy_since);
 	__u64 load;
 
 	/* Taken before it was booked, as with SYN cookies: negative, nothing queued. */
 	queued &= ~((__s64)queued >> 63);
-	load = (READ_ONCE(worker->requests) + queued) & LOAD_MASK;
-	/* In eBPF a division by zero yields zero. */
-	load = (load << LOAD_FRACTION_SHIFT) / READ_ONCE(worker->capacity);
+	load = (READ_ONCE(worker->requests) + queued) & REQUESTS_MASK;
+	/* Published as a weight, because a division for each worker would show. */
+	load *= READ_ONCE(worker->weight) & WEIGHT_MASK;
 	return (load << LOAD_SHIFT) | (busy << BUSY_SHIFT) |
 	       (READ_ONCE(worker->connections) & CONNECTIONS_MASK);
 }
 
-/* Find the healthy workers of the lowest rank among the eligible of a group. */
-static __always_inline struct choice least_loaded(__u32 first, __u64 eligible, __u64 now,
-						  __u64 limit)
+/* Find the healthy workers of the lowest rank in a group. */
+static __always_inline struct choice search(const struct group *group, __u64 now, __u64 limit)
 {
 	struct choice choice = {
+		.first = group->first,
+		.lowest = opaque(~0ULL, now),
 		.ties = opaque(0, now),
 		.hung = opaque(0, now),
 	};
-	__u64 lowest = opaque(~0ULL, now);
 
 	/* 64 copies of the body would be a program of 36 KB. */
 	NO_UNROLL
 	for (__u32 i = 0; i < HERMES_SLOTS_PER_GROUP; i++) {
-		__u32 slot = first + i;
+		__u32 slot = group->first + i;
 		struct hermes_worker *worker;
 		__u64 busy_since, worker_rank;
 
-		if (!(eligible >> i))
+		if (!(group->usable >> i))
 			break;
-		if (!(eligible >> i & 1))
+		if (!(group->usable >> i & 1))
 			continue;
 		worker = bpf_map_lookup_elem(MAP(hermes_workers), &slot);
 		if (!worker || READ_ONCE(worker->state) != HERMES_READY)
@@ -252,68 +288,179 @@ static __always_inline struct choice least_loaded(__u32 first, __u64 eligible, _
 			continue;
 		}
 		worker_rank = opaque(rank(worker, busy_since), now);
-		if (worker_rank < lowest) {
-			lowest = worker_rank;
+		if (worker_rank < choice.lowest) {
+			choice.lowest = worker_rank;
 			choice.ties = 0;
 		}
-		if (worker_rank == lowest)
+		if (worker_rank == choice.lowest)
 			choice.ties |= 1ULL << i;
 	}
 	choice.ties = opaque(choice.ties, now);
 	return choice;
 }
 
-/*
- * The hash picks one of the groups with eligible workers. Exactly one is searched,
- * whatever their number: that bounds the cost, and the verifier's work, too.
- */
-static __always_inline struct group choose_group(struct hermes_control *control, __u32 hash,
-						 __u64 now)
+/* Spread the bits of a key (the finalizer of MurmurHash3, public domain). */
+static __always_inline __u32 mix(__u32 key)
 {
-	struct group group = {};
-	__u64 groups = opaque(0, now);
-	__u32 chosen;
+	key ^= key >> 16;
+	key *= 0x85ebca6b;
+	key ^= key >> 13;
+	key *= 0xc2b2ae35;
+	return key ^ key >> 16;
+}
 
-	if (READ_ONCE(control->slots) <= HERMES_SLOTS_PER_GROUP) {
-		group.eligible = READ_ONCE(control->eligible[0]);
-		return group;
+/*
+ * The locality group of a connection: what belongs together has the same key, and
+ * so the same workers. A migration has no packet to read an address from; it goes
+ * by its hash.
+ */
+static __always_inline __u32 locality(struct sk_reuseport_md *ctx, struct hermes_bind *bind,
+				      __u32 localities)
+{
+	__u64 by = READ_ONCE(bind->group_by);
+	__u32 key = by == HERMES_BY_CLIENT ? 0 : READ_ONCE(bind->seed);
+	__u32 address[4] = {};
+	long error = 0;
+
+	if (by == HERMES_BY_DESTINATION || by == HERMES_BY_CLIENT) {
+		int client = by == HERMES_BY_CLIENT;
+
+		if (ctx->eth_protocol == ETH_P_IPV6_NETWORK)
+			error = bpf_skb_load_bytes_relative(ctx,
+							    client ? IPV6_SOURCE : IPV6_DESTINATION,
+							    address, 16, BPF_HDR_START_NET);
+		else
+			error = bpf_skb_load_bytes_relative(ctx,
+							    client ? IPV4_SOURCE : IPV4_DESTINATION,
+							    address, 4, BPF_HDR_START_NET);
 	}
+	if (error)
+		return reciprocal_scale(ctx->hash, localities);
 	UNROLL
-	for (__u32 i = 0; i < HERMES_MAX_GROUPS; i++)
-		groups |= (__u64) !!READ_ONCE(control->eligible[i]) << i;
-	groups = opaque(groups, now);
-	chosen = nth_set_bit(groups, reciprocal_scale(hash, popcount(groups)));
+	for (int i = 0; i < 4; i++)
+		key = mix(key ^ address[i]);
+	return reciprocal_scale(key, localities);
+}
+
+/* Group `index` as this bind sees it. */
+static __always_inline struct group group_at(struct hermes_control *control,
+					     struct hermes_bind *bind, __u32 index)
+{
+	struct group group = {.first = index * HERMES_SLOTS_PER_GROUP};
 
 	/*
-	 * Not control->eligible[chosen]: without CAP_PERFMON a computed address makes
-	 * the verifier keep all scalars apart, and then it does not finish.
+	 * Not control->eligible[index]: without CAP_PERFMON a computed address makes
+	 * the verifier keep all scalars apart, and then it does not finish. A branch,
+	 * or a mask of all ones or none, it would follow both ways for each index.
 	 */
 	UNROLL
 	for (__u32 i = 0; i < HERMES_MAX_GROUPS; i++) {
-		if (i != chosen)
-			continue;
-		group.first = i * HERMES_SLOTS_PER_GROUP;
-		group.eligible = READ_ONCE(control->eligible[i]);
+		__u64 here = 1 - is_set(i ^ index);
+
+		group.usable +=
+			here * (READ_ONCE(control->eligible[i]) & READ_ONCE(bind->allowed[i]));
+		group.selected += here * READ_ONCE(control->selected[i]);
 	}
 	return group;
 }
 
-/* Choose a slot; HERMES_SHARED_SLOT when no healthy worker is to be found. */
-static __always_inline __u32 choose(struct hermes_control *control, struct hermes_bind *bind,
-				    __u32 hash, __u64 now)
+/* Pick one of the set bits of `of`, of which there are at most HERMES_MAX_GROUPS. */
+static __always_inline __u32 pick(__u64 of, __u32 hash)
 {
-	struct group group = choose_group(control, hash, now);
-	__u32 first = opaque(group.first, now);
-	struct choice choice = least_loaded(first, opaque(group.eligible, now), now,
-					    hang_limit(now, READ_ONCE(control->hang_threshold_ns)));
+	return nth_set_bit(of, reciprocal_scale(hash, popcount(of)));
+}
 
-	if (choice.hung)
-		add(bind, hung_skipped, choice.hung);
-	if (!choice.ties)
+/*
+ * Two groups, by hash: one of the connection's locality, if that has any, and
+ * another, of the same locality while there is one.
+ */
+static __always_inline struct groups choose_groups(struct sk_reuseport_md *ctx,
+						   struct hermes_control *control,
+						   struct hermes_bind *bind, __u64 now)
+{
+	struct groups groups = {.own = ~0ULL};
+	__u64 usable = opaque(0, now), localities = READ_ONCE(control->localities);
+	__u64 from;
+	__u32 index;
+
+	if (READ_ONCE(control->slots) <= HERMES_SLOTS_PER_GROUP) {
+		groups.first.usable = READ_ONCE(control->eligible[0]) & READ_ONCE(bind->allowed[0]);
+		groups.first.selected = READ_ONCE(control->selected[0]);
+		return groups;
+	}
+	UNROLL
+	for (__u32 i = 0; i < HERMES_MAX_GROUPS; i++)
+		usable |= is_set(READ_ONCE(control->eligible[i]) & READ_ONCE(bind->allowed[i]))
+			  << i;
+	usable = opaque(usable, now);
+	if (localities > 1)
+		groups.own = READ_ONCE(control->stride) << (locality(ctx, bind, localities) & 63);
+
+	from = usable & groups.own ? usable & groups.own : usable;
+	index = pick(from, ctx->hash);
+	groups.first = group_at(control, bind, index);
+
+	usable &= ~(1ULL << (index & 63));
+	from = usable & groups.own ? usable & groups.own : usable;
+	if (from)
+		groups.second = group_at(control, bind, pick(from, mix(ctx->hash)));
+	return groups;
+}
+
+/*
+ * The paper's Algorithm 2, the kernel's stage of the cascade: n = popcount(bitmap),
+ * then reciprocal_scale(hash, n), then the n-th set bit. Two things are improved: a
+ * lone survivor is picked, too, and the one that is picked must be fit by now; for
+ * what userspace selected is a few milliseconds old.
+ */
+static __always_inline __u32 cascade(const struct group *group, __u32 hash, __u64 limit)
+{
+	__u64 selected = group->usable & group->selected;
+	__u32 slot = group->first + pick(selected, hash);
+	struct hermes_worker *worker;
+
+	if (!selected)
 		return HERMES_SHARED_SLOT;
+	worker = bpf_map_lookup_elem(MAP(hermes_workers), &slot);
+	if (!worker || READ_ONCE(worker->state) != HERMES_READY ||
+	    is_hung(READ_ONCE(worker->busy_since_ns), limit))
+		return HERMES_SHARED_SLOT;
+	return slot;
+}
+
+/* Choose a slot; HERMES_SHARED_SLOT when no healthy worker is to be found. */
+static __always_inline __u32 choose(struct sk_reuseport_md *ctx, struct hermes_control *control,
+				    struct hermes_bind *bind, __u64 now)
+{
+	struct groups groups = choose_groups(ctx, control, bind, now);
+	__u64 limit = hang_limit(now, READ_ONCE(control->hang_threshold_ns));
 	/* Mixed, since the hash's high bits may have chosen the group. */
-	return first +
-	       nth_set_bit(choice.ties, reciprocal_scale(hash * 0x9e3779b1, popcount(choice.ties)));
+	__u32 hash = ctx->hash * 0x9e3779b1;
+	__u32 slot = HERMES_SHARED_SLOT;
+	struct choice best, other;
+
+	if (READ_ONCE(control->policy) == HERMES_CASCADE)
+		slot = cascade(&groups.first, hash, limit);
+	if (slot == HERMES_SHARED_SLOT) {
+		best = search(&groups.first, now, limit);
+		if (best.hung)
+			add(bind, hung_skipped, best.hung);
+		/* The better of two groups; one of another locality only in need. */
+		if (groups.own >> groups.second.first / HERMES_SLOTS_PER_GROUP & 1 || !best.ties) {
+			other = search(&groups.second, now, limit);
+			if (other.hung)
+				add(bind, hung_skipped, other.hung);
+			/* On a tie the one that the hash chose first. */
+			if (other.lowest < best.lowest)
+				best = other;
+		}
+		if (!best.ties)
+			return HERMES_SHARED_SLOT;
+		slot = best.first + pick(best.ties, hash);
+	}
+	if (!(groups.own >> slot / HERMES_SLOTS_PER_GROUP & 1))
+		count(bind, spilled);
+	return slot;
 }
 
 /* Select the slot's socket and book the connection to it. */
@@ -349,7 +496,7 @@ int hermes_dispatch(struct sk_reuseport_md *ctx)
 		return SK_PASS;
 	}
 
-	slot = choose(control, bind, ctx->hash, now);
+	slot = choose(ctx, control, bind, now);
 	if (slot == HERMES_SHARED_SLOT) {
 		count(bind, none_eligible);
 	} else if (!select_slot(ctx, slot, now)) {

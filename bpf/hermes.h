@@ -28,11 +28,12 @@
 #ifndef HERMES_H
 #define HERMES_H
 
-#define HERMES_LAYOUT_VERSION 1
+#define HERMES_LAYOUT_VERSION 2
 #define HERMES_MAX_SLOTS 1024
 #define HERMES_SLOTS_PER_GROUP 64
 #define HERMES_MAX_GROUPS (HERMES_MAX_SLOTS / HERMES_SLOTS_PER_GROUP)
 #define HERMES_SHARED_SLOT 0
+#define HERMES_WEIGHT_SHIFT 20 /* a request that fills a worker weighs 1 << this */
 
 /* A slot's life. Only a READY slot is sent connections. */
 enum hermes_state {
@@ -43,36 +44,58 @@ enum hermes_state {
 	HERMES_DEAD = 4, /* its owner has left and was not reaped yet */
 };
 
-/* What rules all binds. One element, written by the arbiter but for `eligible`. */
+enum hermes_policy {
+	HERMES_LEAST_LOADED = 0,
+	HERMES_CASCADE = 1,
+};
+
+/* What of a connection decides its locality group. */
+enum hermes_group_by {
+	HERMES_BY_BIND = 0,
+	HERMES_BY_DESTINATION = 1,
+	HERMES_BY_CLIENT = 2,
+};
+
+/* What rules all binds. One element; each part on cache lines of its own. */
 struct hermes_control {
+	/* Written by the arbiter, and by whoever tunes a running server. */
 	__u64 slots; /* slots in use, slot 0 included: 1 .. HERMES_MAX_SLOTS */
 	__u64 hang_threshold_ns; /* busy for longer than this is hung; 0: never */
-	__u64 reserved[6];
+	__u64 policy; /* enum hermes_policy */
+	__u64 theta; /* cascade: slack above the average, in thousandths of it */
+	__u64 localities; /* locality groups, 1: none; group g of 64 belongs to g % localities */
+	__u64 stride; /* bit g: g % localities is 0 */
+	__u64 reserved[2];
 	/*
 	 * Stage 1, bit s % 64 of word s / 64: slot s may be sent connections.
 	 * Anyone may store a word, but only the value that follows from the rows.
 	 * It is a short cut; `state` in the row has the last word.
 	 */
 	__u64 eligible[HERMES_MAX_GROUPS];
+	/* Stage 1 of the cascade: the same for its filters. Any worker. */
+	__u64 selected[HERMES_MAX_GROUPS];
+	__u64 scheduled_ns; /* CLOCK_MONOTONIC of the last run of that; any worker */
+	__u64 reserved2[7];
 };
 
 /* One slot's row: a cache line the worker writes, a cache line the kernel writes. */
 struct hermes_worker {
 	__u64 state; /* enum hermes_state; arbiter while it has no owner, then the worker */
-	__u64 generation; /* owners so far; arbiter */
 	__u64 busy_since_ns; /* CLOCK_MONOTONIC at which the loop woke with work; 0: in poll */
 	__u64 requests; /* in flight, and the first one of each new connection */
 	__u64 connections; /* open */
-	__u64 capacity; /* requests it can run at once, at least 1 */
+	__u64 weight; /* of one request: (1 << HERMES_WEIGHT_SHIFT) / capacity */
 	__u64 settled; /* of `dispatched`: accepted, or written off as never completed */
 	__u64 accepted; /* connections taken from its own listeners */
+	__u64 capacity; /* requests it can run at once, at least 1; for people */
 
 	__u64 dispatched; /* connections the kernel sent here */
 	__u64 last_dispatch_ns; /* CLOCK_MONOTONIC of the last one */
-	__u64 reserved[6];
+	__u64 generation; /* owners so far; arbiter */
+	__u64 reserved[5];
 };
 
-/* Counters of one bind's program. One element, written by the kernel. */
+/* One bind address: counters by its program, then what the arbiter says about it. */
 struct hermes_bind {
 	__u64 dispatched; /* connections given to a worker */
 	__u64 hung_skipped; /* workers passed over because they were hung */
@@ -80,7 +103,13 @@ struct hermes_bind {
 	__u64 select_failed; /* the chosen slot had no socket: shared listener */
 	__u64 shared_failed; /* not even that: left to the kernel's hash */
 	__u64 no_table; /* a map lookup failed: left to the kernel's hash */
-	__u64 reserved[2];
+	__u64 spilled; /* of `dispatched`: to another locality group than its own */
+	__u64 reserved;
+
+	__u64 group_by; /* enum hermes_group_by */
+	__u64 seed; /* a hash of the address, so that binds differ in their groups */
+	__u64 reserved2[6];
+	__u64 allowed[HERMES_MAX_GROUPS]; /* bit s % 64 of word s / 64: slot s may serve it */
 };
 
 /* What the object tells the loader about itself, in section "hermes.layout". */

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import signal
+import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,20 @@ from gunicorn import sock
 from hermes_gunicorn import settings
 from hermes_gunicorn.dispatch.kernel import KernelDispatcher, KernelTable
 from hermes_gunicorn.errors import StrictError, Unsupported
-from hermes_gunicorn.table import MAX_SLOTS, SHARED_SLOT, Publisher, Table
+from hermes_gunicorn.listener import address_of
+from hermes_gunicorn.scheduler import Scheduler
+from hermes_gunicorn.slots import Slots
+from hermes_gunicorn.table import (
+    ALL_SLOTS,
+    GROUP_BY,
+    MAX_SLOTS,
+    POLICIES,
+    SHARED_SLOT,
+    SLOTS_PER_GROUP,
+    Bind,
+    Publisher,
+    Table,
+)
 
 if TYPE_CHECKING:
     from gunicorn.arbiter import Arbiter
@@ -42,19 +56,32 @@ class Assignment:
     Attributes:
         slot: its row; None when the table is full.
         exclusive: for each of ``worker.sockets``, whether it is the slot's own.
+        binds: for each of ``worker.sockets``, what the table holds for its address.
     """
 
-    def __init__(self, coordinator: Coordinator, slot: int | None, exclusive: list[bool]) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        slot: int | None,
+        exclusive: list[bool],
+        binds: list[Bind],
+    ) -> None:
         self.slot = slot
         self.exclusive = exclusive
+        self.binds = binds
         self._coordinator = coordinator
+
+    def serves(self, index: int) -> bool:
+        """In the worker: whether to accept from ``worker.sockets[index]`` now."""
+        return self.exclusive[index] or self.binds[index].allows(self.slot or SHARED_SLOT)
 
     def take_up(self) -> Publisher:
         """In the worker: drop what belongs to others and get the pen for the row."""
         self._coordinator.leave_to_arbiter(self.slot)
         if self.slot is None:
             return Publisher.unseen()
-        return Publisher(self._coordinator.table, self.slot)
+        table = self._coordinator.table
+        return Publisher(table, self.slot, Scheduler(table))
 
     def told_to_stop(self) -> bool:
         """In the worker: whether a signal to stop went to the arbiter's handlers."""
@@ -73,15 +100,22 @@ class Coordinator:
     Attributes:
         table: the worker status table, the kernel's or an anonymous one.
         dispatchers: by listener; a listener without one is shared as in stock gunicorn.
+        binds: by listener, what the table holds for it.
     """
 
     def __init__(self, server: Arbiter) -> None:
         self.server = server
         self.dispatchers: dict[BaseSocket, KernelDispatcher] = {}
-        self._owners: dict[int, Worker] = {}
+        self.binds: dict[BaseSocket, Bind] = {}
         self._listeners: list[BaseSocket] = []
+        self._configured: Config | None = None
         self._kernel: KernelTable | Unsupported
-        rows = min(MAX_SLOTS, max(_MIN_ROWS, _ROWS_PER_WORKER * server.cfg.workers))
+        wanted = max(
+            _MIN_ROWS,
+            _ROWS_PER_WORKER * server.cfg.workers,
+            SLOTS_PER_GROUP * server.cfg.hermes_groups,
+        )
+        rows = min(MAX_SLOTS, wanted)
         try:
             self._kernel = KernelTable(server.cfg.hermes_loader, rows)
             self.table = self._kernel.table
@@ -89,6 +123,7 @@ class Coordinator:
             self._kernel = error  # why not, for each listener that asks
             self.table = Table.anonymous(rows)
         self.table.slots = 1
+        self._slots = Slots(rows)
         self._follow_setup()
 
     def _follow_setup(self) -> None:
@@ -107,7 +142,7 @@ class Coordinator:
         Raises:
             StrictError: ``strict``, and a listener cannot be dispatched to.
         """
-        self.table.hang_threshold_ns = round(self.server.cfg.hermes_hang_threshold * 1e9)
+        self._configure()
         if self._listeners == self.server.LISTENERS:
             return
         # Those of an address that HUP took away were closed with their listener.
@@ -134,7 +169,41 @@ class Coordinator:
                     error.reason,
                     error.remedy,
                 )
+        self.binds = {listener: self._bind(listener) for listener in self._listeners}
         self._report()
+
+    def _configure(self) -> None:
+        """Publish the settings, once for each configuration; a running server may be tuned."""
+        cfg = self.server.cfg
+        if cfg is self._configured:
+            return
+        self._configured = cfg
+        self.table.hang_threshold_ns = round(cfg.hermes_hang_threshold * 1e9)
+        self.table.policy = POLICIES.index(cfg.hermes_policy)
+        self.table.theta = cfg.hermes_theta
+        # After a reload there may not be rows for as many groups.
+        self.table.localities = min(cfg.hermes_groups, -(-self.table.capacity // SLOTS_PER_GROUP))
+
+    def _bind(self, listener: BaseSocket) -> Bind:
+        if listener in self.dispatchers:
+            return self.dispatchers[listener].bind
+        return self.binds.get(listener) or Bind.anonymous()
+
+    def _describe_binds(self) -> None:
+        """Publish for each address how it is grouped and which slots may serve it."""
+        cfg = self.server.cfg
+        group_by = GROUP_BY.index(cfg.hermes_group_by)
+        shares = settings.bind_shares(cfg)
+        for listener, bind in self.binds.items():
+            if listener.sock is None:
+                continue  # closed, as the server stops
+            bind.group_by(group_by, zlib.crc32(str(listener).encode()))
+            for addresses, start, end in shares:
+                if address_of(listener) in addresses:
+                    bind.allowed = self._slots.share(start, end, max(self.server.num_workers, 1))
+                    break
+            else:
+                bind.allowed = ALL_SLOTS
 
     def _dispatcher(self, listener: BaseSocket) -> KernelDispatcher:
         if not isinstance(listener, sock.TCPSocket):
@@ -151,10 +220,11 @@ class Coordinator:
             return
         migrates = all(dispatcher.migrates for dispatcher in self.dispatchers.values())
         self.server.log.info(
-            "hermes: kernel dispatch on %s (loader %s, policy least_loaded, hang threshold %g s,"
+            "hermes: kernel dispatch on %s (loader %s, policy %s, hang threshold %g s,"
             " migration %s, %d workers, %d slots)",
             ", ".join(map(str, self.dispatchers)),
             self._kernel.loader,
+            self.server.cfg.hermes_policy,
             self.server.cfg.hermes_hang_threshold,
             "on" if migrates else "off",
             self.server.num_workers,
@@ -163,35 +233,49 @@ class Coordinator:
 
     def assign(self, worker: Worker) -> Assignment:
         """Give a worker a slot and its listeners, before it is forked."""
-        slot = self._free_slot()
-        sockets: list[BaseSocket] = []
-        exclusive: list[bool] = []
+        self._sweep()
+        slot = self._slots.take(
+            worker, self.server.num_workers, self.table.localities, self._waiting
+        )
+        own: dict[BaseSocket, BaseSocket] = {}
         if slot is None:
             self.server.log.warning(
                 "hermes: all %d slots are taken; the worker serves only what no other can",
                 self.table.capacity - 1,
             )
         else:
-            self._owners[slot] = worker
             self.table.slots = max(self.table.slots, slot + 1)
             self.table.claim(slot, self._waiting(slot))
-            for dispatcher in self.dispatchers.values():
-                sockets.append(dispatcher.open_slot(slot))
-                exclusive.append(True)
+            try:
+                for listener, dispatcher in self.dispatchers.items():
+                    own[listener] = dispatcher.open_slot(slot)
+            except OSError as error:
+                self.server.log.warning(
+                    "hermes: no listener for slot %d: %s; the worker serves only what no other"
+                    " can. Allow more open files (ulimit -n, systemd: LimitNOFILE=)",
+                    slot,
+                    error.strerror,
+                )
+        self._describe_binds()
         # Behind a slot's own listeners all that workers share, to be used as well.
-        sockets += self._listeners
-        exclusive += [False] * len(self._listeners)
-        worker.sockets = sockets
-        return Assignment(self, slot, exclusive)
+        shared = self._listeners
+        worker.sockets = [*own.values(), *shared]
+        return Assignment(
+            self,
+            slot,
+            exclusive=[True] * len(own) + [False] * len(shared),
+            binds=[self.binds[listener] for listener in [*own, *shared]],
+        )
 
     def release(self, worker: Worker) -> None:
         """Take a dead worker's slot back."""
-        for slot, owner in list(self._owners.items()):
+        for slot, owner in self._slots.owned().items():
             if owner is worker:
-                del self._owners[slot]
+                self._slots.give_back(slot, self.server.num_workers)
                 for dispatcher in self.dispatchers.values():
                     dispatcher.close_slot(slot)
                 self.table.release(slot)
+                self._describe_binds()
 
     def leave_to_arbiter(self, slot: int | None) -> None:
         """In a worker: close what belongs to the arbiter and to other slots."""
@@ -208,15 +292,12 @@ class Coordinator:
     def _waiting(self, slot: int) -> int:
         return sum(dispatcher.waiting(slot) for dispatcher in self.dispatchers.values())
 
-    def _free_slot(self) -> int | None:
-        """Choose a slot for a new owner: one where connections wait, else the lowest."""
+    def _sweep(self) -> None:
+        """Take back the slots of workers that gunicorn dropped without calling child_exit."""
         alive = {id(worker) for worker in self.server.WORKERS.values()}
-        for owner in list(self._owners.values()):
-            # gunicorn drops a worker it cannot signal without calling child_exit.
+        for owner in self._slots.owned().values():
             if id(owner) not in alive:
                 self.release(owner)
-        free = [s for s in range(SHARED_SLOT + 1, self.table.capacity) if s not in self._owners]
-        return max(free, key=lambda slot: (self._waiting(slot), -slot), default=None)
 
 
 def _coordinator(server: Arbiter) -> Coordinator:

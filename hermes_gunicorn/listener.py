@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import socket
 import struct
-from typing import Protocol
+from typing import Any, Protocol
 
-__all__ = ["waiting"]
+__all__ = ["address_of", "waiting"]
 
 _TCPI_UNACKED = 24  # offset in struct tcp_info; a listener's accept queue length
 _TCP_INFO = getattr(socket, "TCP_INFO", 11)
@@ -23,3 +23,11 @@ def waiting(listener: _HasOptions) -> int:
         return int(struct.unpack_from("=I", info, _TCPI_UNACKED)[0])
     except (OSError, struct.error):
         return 0
+
+
+def address_of(listener: Any) -> tuple[str, int] | str:
+    """Return where a listener is bound: host and port, or a Unix socket's path."""
+    name = listener.getsockname()
+    if isinstance(name, tuple):
+        return name[:2]
+    return name.decode() if isinstance(name, bytes) else str(name)

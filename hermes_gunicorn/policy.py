@@ -1,7 +1,8 @@
-"""Which worker gets a connection: the decision alone, as a model.
+"""Which worker gets a connection: the decision alone.
 
-The kernel decides (``bpf/hermes.bpf.c``); this says the same in Python, for tests to
-hold the two against each other and for people to read. Pure functions, no I/O.
+The kernel decides (``bpf/hermes.bpf.c``). This says the same in Python, for tests to
+hold the two against each other and for people to read; the workers run one part of it
+themselves, ``select``. Pure functions, no I/O.
 
 Theory of operation. A connection should meet a worker that can turn to it at once.
 Two things stand in the way: a worker may hang, and it may have other work.
@@ -9,7 +10,7 @@ Two things stand in the way: a worker may hang, and it may have other work.
 *Hung* is a worker whose loop left poll and did not come back for longer than the
 threshold. It is skipped. One that waits in poll is never hung, however long it waits.
 
-The others are ranked, lowest first, by
+Policy ``least_loaded`` ranks the healthy ones, lowest first, by
 
 1. load: requests in flight, a new connection's first one included, and connections
    that were sent to it and wait, for its capacity;
@@ -17,26 +18,69 @@ The others are ranked, lowest first, by
 3. open connections, so that kept-alive ones, which will send more, spread as well.
 
 Queued connections are counted by the kernel itself as it sends them, so that a burst
-within one scheduling interval sees its own effect. Ties are broken by the packet's
-hash. Slots come in groups of 64; the hash picks one among those with eligible workers,
-and only that is searched.
+within one scheduling interval sees its own effect. Ties are broken by the packet's hash.
 
-When nobody healthy is found the connection goes to slot 0, the listener all workers
-share, where the first of them to come back takes it: no worse than one shared queue.
+Policy ``cascade`` is the paper's. The workers filter themselves every few milliseconds
+(``select``); the kernel picks one of the survivors by hash. It costs less per
+connection and knows less. A pick that is hung or gone by then, or an empty selection,
+falls back to the search above.
+
+Slots come in groups of 64. With more than one group in use the hash picks two that
+have eligible workers, and the better of the two best workers is taken. With locality
+groups, related connections have the same groups; another one is looked at only when
+nobody healthy is found there.
+
+When nobody healthy is found at all the connection goes to slot 0, the listener all
+workers share, where the first of them to come back takes it: no worse than one shared
+queue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from hermes_gunicorn.table import READY, SHARED_SLOT, SLOTS_PER_GROUP, Row
+from hermes_gunicorn.table import (
+    BY_CLIENT,
+    CASCADE,
+    MAX_GROUPS,
+    READY,
+    SHARED_SLOT,
+    SLOTS_PER_GROUP,
+    WEIGHT,
+    Row,
+)
 
-__all__ = ["candidates", "is_hung", "rank"]
+__all__ = ["View", "candidates", "is_hung", "locality", "rank", "select"]
 
-_MASK = (1 << 64) - 1
-_LOAD_MASK = (1 << 19) - 1
-_LOAD_FRACTION_BITS = 20
+_WORD = (1 << 64) - 1
+_HALF_WORD = (1 << 32) - 1
+_REQUESTS_MASK = (1 << 19) - 1
+_WEIGHT_MASK = 2 * WEIGHT - 1
 _CONNECTIONS_MASK = (1 << 24) - 1
+
+
+@dataclass(frozen=True)
+class View:
+    """What the kernel program reads when a connection to one address arrives.
+
+    Attributes:
+        rows: the table's rows in use, slot 0 first.
+        eligible: bit s: slot s is ready.
+        selected: bit s: slot s passed the cascade's filters.
+        allowed: bit s: slot s may serve this address.
+        policy: ``LEAST_LOADED`` or ``CASCADE``.
+        threshold_ns: as for ``is_hung``.
+        localities: number of locality groups.
+    """
+
+    rows: Sequence[Row]
+    eligible: int
+    selected: int
+    allowed: int
+    policy: int
+    threshold_ns: int
+    localities: int = 1
 
 
 def is_hung(busy_since_ns: int, now_ns: int, threshold_ns: int) -> bool:
@@ -47,9 +91,7 @@ def is_hung(busy_since_ns: int, now_ns: int, threshold_ns: int) -> bool:
         now_ns: CLOCK_MONOTONIC.
         threshold_ns: 0, or more than the machine's uptime, means never.
     """
-    if not threshold_ns or threshold_ns >= now_ns:
-        return False
-    return 0 < busy_since_ns < now_ns - threshold_ns
+    return threshold_ns > 0 and 0 < busy_since_ns < now_ns - threshold_ns
 
 
 def rank(row: Row) -> tuple[int, bool, int]:
@@ -58,47 +100,123 @@ def rank(row: Row) -> tuple[int, bool, int]:
     The load is in units of 2**-20 of the worker's capacity. Values that no worker
     publishes are cut to what fits, as in the kernel.
     """
-    load = ((row.requests + row.queued) & _MASK & _LOAD_MASK) << _LOAD_FRACTION_BITS
-    load = load // row.capacity if row.capacity else 0
-    return load, row.busy_since_ns > 0, row.connections & _CONNECTIONS_MASK
+    load = ((row.requests + row.queued) & _REQUESTS_MASK) * (row.weight & _WEIGHT_MASK)
+    return load & (1 << 39) - 1, row.busy_since_ns > 0, row.connections & _CONNECTIONS_MASK
 
 
-def candidates(
-    rows: Sequence[Row], eligible: int, now_ns: int, threshold_ns: int
-) -> list[set[int]]:
-    """Return the slots a connection may be sent to, for each group the hash may pick.
+def select(
+    live: Sequence[int], connections: Sequence[int], events: Sequence[int], theta: float
+) -> int:
+    """Filter workers by connections, then by events: the paper's Algorithm 1.
+
+    A worker stays while it has fewer than the average of those left plus theta. The
+    paper's first filter, by time, has happened: its ``now - t < threshold`` is
+    ``not is_hung``, except that a worker in poll need not wake up to prove itself.
 
     Args:
-        rows: the table's rows in use, slot 0 first.
-        eligible: the bitmap, bit s for slot s.
-        now_ns: CLOCK_MONOTONIC.
-        threshold_ns: as for ``is_hung``.
+        live: positions of the workers that do not hang.
+        connections: by position, open connections (the paper's c_i).
+        events: by position, events to handle (e_i): requests in flight or queued.
+        theta: relative to the average (theta/Avg); at least 1 is used, or an idle
+            server would leave nobody.
 
     Returns:
-        One set for each group that has eligible bits, or for the first group if there
-        is none. The hash chooses the group, then the slot within the set; with slot 0
-        in it, that is the only one.
+        The survivors, bit i for position i; at least one if any is live.
     """
+    for values in (connections, events):
+        if not live:
+            break
+        average = sum([values[i] for i in live]) / len(live)
+        limit = average + max(theta * average, 1)
+        live = [i for i in live if values[i] < limit]
+    bits = 0
+    for i in live:
+        bits |= 1 << i
+    return bits
+
+
+def locality(address: bytes, by: int, seed: int, localities: int) -> int:
+    """Return the locality group of a connection.
+
+    Args:
+        address: the IP address that counts, 4 or 16 bytes; empty when the bind alone does.
+        by: ``BY_BIND``, ``BY_DESTINATION`` or ``BY_CLIENT``.
+        seed: 32 bits that tell the bind from others; not used for clients, who are to
+            have the same group everywhere.
+        localities: how many there are.
+    """
+    key = 0 if by == BY_CLIENT else seed
+    for i in range(0, 16, 4):
+        # As the kernel loads it: little-endian on the machines the object is built for.
+        key = _mix(key ^ int.from_bytes(address[i : i + 4], "little"))
+    return key * localities >> 32
+
+
+def _mix(key: int) -> int:
+    key ^= key >> 16
+    key = key * 0x85EBCA6B & _HALF_WORD
+    key ^= key >> 13
+    key = key * 0xC2B2AE35 & _HALF_WORD
+    return key ^ key >> 16
+
+
+def candidates(view: View, now_ns: int, own: int | None = None) -> list[set[int]]:
+    """Return the slots a connection may be sent to, one set for each way the hash may go.
+
+    Args:
+        view: what the program sees.
+        now_ns: CLOCK_MONOTONIC.
+        own: the connection's locality group; None without such groups.
+
+    Returns:
+        Sets of which the hash picks one, then a member.
+    """
+    usable = view.eligible & view.allowed
     # With one group in use the program does not look at the others.
-    bits = eligible.bit_length() if len(rows) > SLOTS_PER_GROUP else SLOTS_PER_GROUP
-    picked = [g for g in range(0, bits, SLOTS_PER_GROUP) if eligible >> g & _MASK] or [0]
-    return [
-        _best(
-            (rows[s] for s in range(g, min(g + SLOTS_PER_GROUP, len(rows))) if eligible >> s & 1),
-            now_ns,
-            threshold_ns,
-        )
-        for g in picked
-    ]
+    if len(view.rows) <= SLOTS_PER_GROUP:
+        return [_outcome(view, usable, now_ns, 0, None, True)]
+    used = [g for g in range(MAX_GROUPS) if usable >> g * SLOTS_PER_GROUP & _WORD]
+    local = [g for g in used if own is None or g % view.localities == own]
+    result = []
+    for first in local or used or [0]:
+        rest = [g for g in local if g != first] or [g for g in used if g != first]
+        for second in (*rest,) or (None,):
+            compare = own is None or (second is not None and second % view.localities == own)
+            result.append(_outcome(view, usable, now_ns, first, second, compare))
+    return result
 
 
-def _best(rows: Iterable[Row], now_ns: int, threshold_ns: int) -> set[int]:
-    healthy = [
-        row
-        for row in rows
-        if row.state == READY and not is_hung(row.busy_since_ns, now_ns, threshold_ns)
-    ]
-    if not healthy:
-        return {SHARED_SLOT}
-    lowest = min(map(rank, healthy))
-    return {row.slot for row in healthy if rank(row) == lowest}
+def _outcome(
+    view: View, usable: int, now_ns: int, first: int, second: int | None, compare: bool
+) -> set[int]:
+    """Choose among two groups; ``compare``: even when the first has somebody."""
+    if view.policy == CASCADE:
+        picks = usable & view.selected
+        fit = {row.slot for row in _members(view, picks, first) if _is_fit(view, row, now_ns)}
+        if len(fit) == (picks >> first * SLOTS_PER_GROUP & _WORD).bit_count() > 0:
+            return fit
+    else:
+        fit = set()
+    best = _best(view, usable, now_ns, first)
+    if second is not None and (compare or not best):
+        best = min(best, _best(view, usable, now_ns, second), key=_lowest)
+    return fit | {row.slot for row in best} or {SHARED_SLOT}
+
+
+def _members(view: View, bits: int, group: int) -> list[Row]:
+    start = group * SLOTS_PER_GROUP
+    return [row for row in view.rows[start : start + SLOTS_PER_GROUP] if bits >> row.slot & 1]
+
+
+def _is_fit(view: View, row: Row, now_ns: int) -> bool:
+    return row.state == READY and not is_hung(row.busy_since_ns, now_ns, view.threshold_ns)
+
+
+def _best(view: View, usable: int, now_ns: int, group: int) -> list[Row]:
+    healthy = [row for row in _members(view, usable, group) if _is_fit(view, row, now_ns)]
+    lowest = min(map(rank, healthy), default=None)
+    return [row for row in healthy if rank(row) == lowest]
+
+
+def _lowest(rows: list[Row]) -> tuple[float, bool, int]:
+    return rank(rows[0]) if rows else (float("inf"), True, 0)

@@ -5,24 +5,24 @@ Defining a subclass of gunicorn's ``Setting`` registers it.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import socket
 import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
+from gunicorn import util
 from gunicorn.config import KNOWN_SETTINGS, Config, Setting, validate_bool
 
 from hermes_gunicorn.errors import HermesError
 from hermes_gunicorn.loader import LOADERS
+from hermes_gunicorn.table import BY_DESTINATION, GROUP_BY, LEAST_LOADED, MAX_GROUPS, POLICIES
 
-__all__ = ["SETTINGS", "ensure"]
+__all__ = ["SETTINGS", "bind_shares", "check", "ensure"]
 
 SECTION = "Hermes"
-
-
-def _validate_loader(value: Any) -> str:
-    if value in LOADERS:
-        return str(value)
-    raise ValueError(f"hermes_loader must be one of {', '.join(LOADERS)}, not {value!r}")
 
 
 def _validate_threshold(value: Any) -> float:
@@ -38,12 +38,60 @@ def _validate_threshold(value: Any) -> float:
     return seconds
 
 
+def _one_of(name: str, choices: Sequence[str]) -> Callable[[Any], str]:
+    def validate(value: Any) -> str:
+        if value in choices:
+            return str(value)
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+    return validate
+
+
+def _validate_theta(value: Any) -> float:
+    try:
+        theta = float(value)
+    except (TypeError, ValueError):
+        theta = math.nan
+    if isinstance(value, bool) or not 0 <= theta <= 1000:
+        raise ValueError(f"hermes_theta must be 0 to 1000, not {value!r}")
+    return theta
+
+
+def _validate_groups(value: Any) -> int:
+    try:
+        groups = int(value)
+    except (TypeError, ValueError):
+        groups = 0
+    if isinstance(value, bool) or groups != float(value) or not 1 <= groups <= MAX_GROUPS:
+        raise ValueError(f"hermes_groups must be 1 to {MAX_GROUPS}, not {value!r}")
+    return groups
+
+
+def _validate_bind_workers(value: Any) -> dict[str, float]:
+    if not isinstance(value, dict):
+        raise ValueError(
+            f'hermes_bind_workers must be a dict such as {{"127.0.0.1:8001": 0.5}}, not {value!r}'
+        )
+    for address, share in value.items():
+        fits = isinstance(share, (int, float)) and not isinstance(share, bool) and 0 < share <= 1
+        if not isinstance(address, str) or not fits:
+            raise ValueError(
+                "hermes_bind_workers takes a bind address and a share above 0, up to 1,"
+                f" not {address!r}: {share!r}"
+            )
+        try:
+            util.parse_address(address)
+        except RuntimeError as error:
+            raise ValueError(f"hermes_bind_workers: {address!r}: {error}") from error
+    return {address: float(share) for address, share in value.items()}
+
+
 class HermesLoader(Setting):  # type: ignore[misc]
     name = "hermes_loader"
     section = SECTION
     cli = ("--hermes-loader",)
     meta = "STRING"
-    validator = _validate_loader
+    validator = _one_of("hermes_loader", LOADERS)
     default = "auto"
     desc = """\
         Where the kernel program comes from: auto, object or bcc.
@@ -84,7 +132,127 @@ class HermesHangThreshold(Setting):  # type: ignore[misc]
         """
 
 
+class HermesPolicy(Setting):  # type: ignore[misc]
+    name = "hermes_policy"
+    section = SECTION
+    cli = ("--hermes-policy",)
+    meta = "STRING"
+    validator = _one_of("hermes_policy", POLICIES)
+    default = POLICIES[LEAST_LOADED]
+    desc = """\
+        Which worker gets a connection: least_loaded or cascade.
+
+        ``least_loaded``: the one with the fewest requests. ``cascade``: by hash,
+        one of those that have not clearly more connections and requests than the
+        average. docs/policies.md compares them. Changed by a reload.
+        """
+
+
+class HermesTheta(Setting):  # type: ignore[misc]
+    name = "hermes_theta"
+    section = SECTION
+    cli = ("--hermes-theta",)
+    meta = "NUMBER"
+    validator = _validate_theta
+    default = 0.5
+    desc = """\
+        Policy cascade: how far above the average is still good, as a part of it.
+        """
+
+
+class HermesGroups(Setting):  # type: ignore[misc]
+    name = "hermes_groups"
+    section = SECTION
+    cli = ("--hermes-groups",)
+    meta = "INT"
+    validator = _validate_groups
+    default = 1
+    desc = """\
+        Divide the workers into this many locality groups.
+
+        Connections that belong together (see hermes_group_by) go to the same
+        group's workers, which have their data in cache, and to the least loaded
+        of those. Another group helps out when the own one has no healthy worker.
+        """
+
+
+class HermesGroupBy(Setting):  # type: ignore[misc]
+    name = "hermes_group_by"
+    section = SECTION
+    cli = ("--hermes-group-by",)
+    meta = "STRING"
+    validator = _one_of("hermes_group_by", GROUP_BY)
+    default = GROUP_BY[BY_DESTINATION]
+    desc = """\
+        What connections of a locality group have in common.
+
+        ``destination``: the address and port they were sent to; ``client``: the
+        address they come from (behind a proxy that is the proxy's); ``bind``: the
+        bind address as configured.
+        """
+
+
+class HermesBindWorkers(Setting):  # type: ignore[misc]
+    name = "hermes_bind_workers"
+    section = SECTION
+    validator = _validate_bind_workers
+    default: ClassVar[dict[str, float]] = {}
+    desc = """\
+        Confine bind addresses to a share of the workers.
+
+        For example ``{"0.0.0.0:8001": 0.5}``: half of the workers serve that
+        address and no other does, whatever happens there. Shares are laid side by
+        side in the order given, so two halves have no worker in common. Restarts
+        do not change who serves what. Only in the configuration file.
+        """
+
+
 SETTINGS = tuple(setting for setting in KNOWN_SETTINGS if setting.section == SECTION)
+
+
+def bind_shares(cfg: Config) -> list[tuple[set[Any], float, float]]:
+    """Lay the shares of ``hermes_bind_workers`` side by side.
+
+    Returns:
+        For each entry the addresses it may mean, as ``listener.address_of`` returns
+        them, and where its share begins and ends.
+    """
+    shares, start = [], 0.0
+    for name, share in cfg.hermes_bind_workers.items():
+        shares.append((_addresses(name), start, start + share))
+        start += share
+    return shares
+
+
+def _addresses(bind: str) -> set[Any]:
+    address = util.parse_address(bind)
+    if not isinstance(address, tuple):
+        return {address}
+    with contextlib.suppress(OSError):
+        found = socket.getaddrinfo(address[0], address[1], type=socket.SOCK_STREAM)
+        return {address, *(sockaddr[:2] for *_, sockaddr in found)}
+    return {address}
+
+
+def check(cfg: Config) -> None:
+    """Refuse settings that do not fit the others.
+
+    Raises:
+        HermesError: saying what to change.
+    """
+    if cfg.hermes_groups > max(cfg.workers, 1):
+        raise HermesError(
+            f"hermes_groups is {cfg.hermes_groups} and there are {cfg.workers} workers:"
+            " each group needs one; lower hermes_groups or raise workers"
+        )
+    # Inherited listeners have addresses of their own.
+    if "LISTEN_FDS" in os.environ or any(isinstance(bind, int) for bind in cfg.address):
+        return
+    for name in cfg.hermes_bind_workers:
+        if util.parse_address(name) not in cfg.address:
+            raise HermesError(
+                f"hermes_bind_workers names {name!r}, which is not in bind ({', '.join(cfg.bind)})"
+            )
 
 
 def ensure(cfg: Config) -> None:

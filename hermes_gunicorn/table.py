@@ -12,42 +12,64 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic_ns
-from typing import Final
+from typing import Final, NamedTuple, TypeAlias
 
 __all__ = [
+    "ALL_SLOTS",
     "BIND",
     "BOOTING",
+    "BY_BIND",
+    "BY_CLIENT",
+    "BY_DESTINATION",
+    "CASCADE",
     "CONTROL",
+    "COUNTERS",
     "DEAD",
     "DRAINING",
     "FREE",
+    "GROUP_BY",
     "LAYOUT_VERSION",
+    "LEAST_LOADED",
     "MAX_GROUPS",
     "MAX_SLOTS",
+    "POLICIES",
     "READY",
     "SHARED_SLOT",
     "SLOTS_PER_GROUP",
     "STATES",
+    "WEIGHT",
     "WORKER",
+    "Bind",
     "Publisher",
     "Row",
     "Struct",
     "Table",
 ]
 
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
 MAX_SLOTS: Final = 1024
 SLOTS_PER_GROUP: Final = 64
 MAX_GROUPS: Final = MAX_SLOTS // SLOTS_PER_GROUP
 SHARED_SLOT: Final = 0
+ALL_SLOTS: Final = (1 << MAX_SLOTS) - 1  # as a bitmap
 
 FREE, BOOTING, READY, DRAINING, DEAD = range(5)
 STATES: Final = ("free", "booting", "ready", "draining", "dead")
+LEAST_LOADED, CASCADE = range(2)
+POLICIES: Final = ("least_loaded", "cascade")
+BY_BIND, BY_DESTINATION, BY_CLIENT = range(3)
+GROUP_BY: Final = ("bind", "destination", "client")
+WEIGHT: Final = 1 << 20  # of a request that fills a worker
 
 _WORD: Final = 8
 _MASK: Final = (1 << 64) - 1
+_MAX_QUEUED: Final = _MASK >> 1  # more is a negative number
+
+
+Buffer: TypeAlias = mmap.mmap | memoryview | bytearray
 
 
 @dataclass(frozen=True)
@@ -79,22 +101,35 @@ class Struct:
 
 CONTROL: Final = Struct(
     "hermes_control",
-    (("slots", 1), ("hang_threshold_ns", 1), ("reserved", 6), ("eligible", MAX_GROUPS)),
+    (
+        ("slots", 1),
+        ("hang_threshold_ns", 1),
+        ("policy", 1),
+        ("theta", 1),
+        ("localities", 1),
+        ("stride", 1),
+        ("reserved", 2),
+        ("eligible", MAX_GROUPS),
+        ("selected", MAX_GROUPS),
+        ("scheduled_ns", 1),
+        ("reserved2", 7),
+    ),
 )
 WORKER: Final = Struct(
     "hermes_worker",
     (
         ("state", 1),
-        ("generation", 1),
         ("busy_since_ns", 1),
         ("requests", 1),
         ("connections", 1),
-        ("capacity", 1),
+        ("weight", 1),
         ("settled", 1),
         ("accepted", 1),
+        ("capacity", 1),
         ("dispatched", 1),
         ("last_dispatch_ns", 1),
-        ("reserved", 6),
+        ("generation", 1),
+        ("reserved", 5),
     ),
 )
 BIND: Final = Struct(
@@ -106,12 +141,19 @@ BIND: Final = Struct(
         ("select_failed", 1),
         ("shared_failed", 1),
         ("no_table", 1),
-        ("reserved", 2),
+        ("spilled", 1),
+        ("reserved", 1),
+        ("group_by", 1),
+        ("seed", 1),
+        ("reserved2", 6),
+        ("allowed", MAX_GROUPS),
     ),
 )
+COUNTERS: Final = tuple(name for name, _ in BIND.fields[: BIND.index("reserved")])
 
 _STATE: Final = WORKER.index("state")
 _GENERATION: Final = WORKER.index("generation")
+_WEIGHT: Final = WORKER.index("weight")
 _BUSY_SINCE: Final = WORKER.index("busy_since_ns")
 _REQUESTS: Final = WORKER.index("requests")
 _CONNECTIONS: Final = WORKER.index("connections")
@@ -122,7 +164,16 @@ _DISPATCHED: Final = WORKER.index("dispatched")
 _LAST_DISPATCH: Final = WORKER.index("last_dispatch_ns")
 _SLOTS: Final = CONTROL.index("slots")
 _HANG_THRESHOLD: Final = CONTROL.index("hang_threshold_ns")
+_POLICY: Final = CONTROL.index("policy")
+_THETA: Final = CONTROL.index("theta")
+_LOCALITIES: Final = CONTROL.index("localities")
+_STRIDE: Final = CONTROL.index("stride")
 _ELIGIBLE: Final = CONTROL.index("eligible")
+_SELECTED: Final = CONTROL.index("selected")
+_SCHEDULED: Final = CONTROL.index("scheduled_ns")
+_GROUP_BY: Final = BIND.index("group_by")
+_SEED: Final = BIND.index("seed")
+_ALLOWED: Final = BIND.index("allowed")
 
 _OWNED_WORDS: Final = (_BUSY_SINCE, _REQUESTS, _CONNECTIONS, _SETTLED, _ACCEPTED)
 
@@ -133,21 +184,86 @@ class Row:
 
     slot: int
     state: int
-    generation: int
     busy_since_ns: int
     requests: int
     connections: int
-    capacity: int
+    weight: int
     settled: int
     accepted: int
+    capacity: int
     dispatched: int
     last_dispatch_ns: int
+    generation: int
 
     @property
     def queued(self) -> int:
         """Connections sent here that nobody has taken yet."""
         queued = (self.dispatched - self.settled) & _MASK
-        return 0 if queued >> 63 else queued
+        return queued if queued <= _MAX_QUEUED else 0
+
+
+def _bitmap(words: memoryview) -> int:
+    """Read a bitmap of several words as one number, bit s for slot s."""
+    return int.from_bytes(struct.pack(f"<{len(words)}Q", *words), "little")
+
+
+class Bind:
+    """What the table holds for one bind address: counters, and who may serve it.
+
+    Args:
+        memory: writable buffer of ``BIND.size`` bytes or more.
+    """
+
+    def __init__(self, memory: Buffer) -> None:
+        self._words = memoryview(memory).cast("B")[: BIND.size].cast("Q")
+        self.allowed = ALL_SLOTS
+
+    @classmethod
+    def anonymous(cls) -> Bind:
+        """Make one in memory that forked children share, for use without eBPF."""
+        return cls(mmap.mmap(-1, BIND.size))
+
+    def release(self) -> None:
+        """Let go of the memory."""
+        self._words.release()
+
+    def counters(self) -> dict[str, int]:
+        """Read the counters by name."""
+        return dict(zip(COUNTERS, self._words, strict=False))
+
+    @property
+    def allowed(self) -> int:
+        """The slots that may serve this address, bit s for slot s."""
+        return _bitmap(self._words[_ALLOWED : _ALLOWED + MAX_GROUPS])
+
+    @allowed.setter
+    def allowed(self, bits: int) -> None:
+        for group in range(MAX_GROUPS):
+            self._words[_ALLOWED + group] = bits >> group * SLOTS_PER_GROUP & _MASK
+
+    def allows(self, slot: int) -> bool:
+        """Tell whether a slot may serve this address."""
+        group, bit = divmod(slot, SLOTS_PER_GROUP)
+        return bool(self._words[_ALLOWED + group] >> bit & 1)
+
+    def group_by(self, what: int, seed: int) -> None:
+        """Say what a connection's locality group depends on.
+
+        Args:
+            what: an index into ``GROUP_BY``.
+            seed: 32 bits that tell this address from others.
+        """
+        self._words[_GROUP_BY] = what
+        self._words[_SEED] = seed
+
+
+class Columns(NamedTuple):
+    """Some words of neighbouring slots."""
+
+    state: list[int]
+    busy_since_ns: list[int]
+    connections: list[int]
+    events: list[int]  # requests in flight or queued
 
 
 class Table:
@@ -158,10 +274,11 @@ class Table:
         rows: writable buffer of a multiple of ``WORKER.size`` bytes; slot 0 first.
     """
 
-    def __init__(self, control: mmap.mmap | bytearray, rows: mmap.mmap | bytearray) -> None:
+    def __init__(self, control: Buffer, rows: Buffer) -> None:
         self._control = memoryview(control).cast("B")[: CONTROL.size].cast("Q")
         self._rows = memoryview(rows).cast("B").cast("Q")
         self.capacity = len(self._rows) // WORKER.words
+        self.localities = 1
 
     @classmethod
     def anonymous(cls, slots: int) -> Table:
@@ -186,10 +303,38 @@ class Table:
     def hang_threshold_ns(self, value: int) -> None:
         self._control[_HANG_THRESHOLD] = value
 
+    @property
+    def policy(self) -> int:
+        """Which policy the kernel and the workers follow: an index into ``POLICIES``."""
+        return self._control[_POLICY]
+
+    @policy.setter
+    def policy(self, value: int) -> None:
+        self._control[_POLICY] = value
+
+    @property
+    def theta(self) -> float:
+        """How far above the average the cascade's filters let through, relative to it."""
+        return self._control[_THETA] / 1000
+
+    @theta.setter
+    def theta(self, value: float) -> None:
+        self._control[_THETA] = round(value * 1000)
+
+    @property
+    def localities(self) -> int:
+        """Number of locality groups; group g of 64 slots belongs to number g modulo this."""
+        return self._control[_LOCALITIES]
+
+    @localities.setter
+    def localities(self, value: int) -> None:
+        self._control[_STRIDE] = sum(1 << group for group in range(0, MAX_GROUPS, value))
+        self._control[_LOCALITIES] = value
+
     def row(self, slot: int) -> Row:
         """Read a slot's row."""
         at = slot * WORKER.words
-        return Row(slot, *self._rows[at : at + _LAST_DISPATCH + 1])
+        return Row(slot, *self._rows[at : at + _GENERATION + 1])
 
     def rows(self) -> list[Row]:
         """Read the rows in use, the shared slot's first."""
@@ -197,8 +342,38 @@ class Table:
 
     def eligible(self) -> int:
         """Read the eligibility bitmap as one number, bit s for slot s."""
-        words = self._control[_ELIGIBLE : _ELIGIBLE + MAX_GROUPS]
-        return int.from_bytes(struct.pack(f"<{MAX_GROUPS}Q", *words), "little")
+        return _bitmap(self._control[_ELIGIBLE : _ELIGIBLE + MAX_GROUPS])
+
+    def selected(self) -> int:
+        """Read what the cascade's first stage selected, bit s for slot s."""
+        return _bitmap(self._control[_SELECTED : _SELECTED + MAX_GROUPS])
+
+    def select(self, group: int, bits: int) -> None:
+        """Publish what the cascade's first stage selected in a group of 64."""
+        self._control[_SELECTED + group] = bits
+
+    @property
+    def scheduled_ns(self) -> int:
+        """When the cascade's first stage ran last, CLOCK_MONOTONIC."""
+        return self._control[_SCHEDULED]
+
+    @scheduled_ns.setter
+    def scheduled_ns(self, value: int) -> None:
+        self._control[_SCHEDULED] = value
+
+    def group(self, first: int, last: int) -> Columns:
+        """Read slots ``first`` to ``last - 1``, column by column: far faster than rows."""
+        start, end = first * WORKER.words, last * WORKER.words
+
+        def column(word: int) -> list[int]:
+            return self._rows[start + word : end : WORKER.words].tolist()
+
+        dispatched, settled = column(_DISPATCHED), column(_SETTLED)
+        events = [
+            requests + queued if (queued := (sent - taken) & _MASK) <= _MAX_QUEUED else requests
+            for requests, sent, taken in zip(column(_REQUESTS), dispatched, settled, strict=True)
+        ]
+        return Columns(column(_STATE), column(_BUSY_SINCE), column(_CONNECTIONS), events)
 
     def set_state(self, slot: int, state: int) -> None:
         """Publish a slot's state and make the bitmap follow."""
@@ -239,6 +414,7 @@ class Table:
         for word in _OWNED_WORDS:
             self._rows[at + word] = 0
         self._rows[at + _CAPACITY] = 1
+        self._rows[at + _WEIGHT] = WEIGHT
         self._rows[at + _GENERATION] = (self._rows[at + _GENERATION] + 1) & _MASK
         self._rows[at + _SETTLED] = (self._rows[at + _DISPATCHED] - waiting) & _MASK
 
@@ -256,10 +432,20 @@ class Publisher:
     The methods up to ``settle`` are the hot path: a few memory stores each. A
     child that the application forks keeps the mapping but must not speak for the
     worker, so it is given a row of its own that nobody reads.
+
+    Args:
+        table: the table.
+        slot: the row.
+        schedule: called with the time at the end of a turn of the loop, not before the
+            time that its last call returned.
     """
 
-    def __init__(self, table: Table, slot: int) -> None:
+    def __init__(
+        self, table: Table, slot: int, schedule: Callable[[int], int] | None = None
+    ) -> None:
         self.table = table
+        self._schedule = schedule or (lambda now_ns: _MASK)
+        self._schedule_at = 0
         self.slot = slot
         self.connections = 0
         self.requests = 0
@@ -280,6 +466,7 @@ class Publisher:
         self.table = Table(bytearray(CONTROL.size), bytearray(WORKER.size))
         self.slot = 0
         self._words = self.table._rows
+        self._schedule_at = _MASK
 
     def woke(self) -> None:
         """The loop has left poll with work to do."""
@@ -287,6 +474,9 @@ class Publisher:
 
     def polls(self) -> None:
         """The loop is about to wait in poll."""
+        woke = self._words[_BUSY_SINCE]
+        if woke >= self._schedule_at:
+            self._schedule_at = self._schedule(woke)
         self._words[_BUSY_SINCE] = 0
 
     def opened(self, own: bool) -> None:
@@ -352,13 +542,16 @@ class Publisher:
 
     def ready(self, capacity: int) -> None:
         """Accept from now on; up to ``capacity`` requests at once."""
-        self._capacity = max(capacity, 1)
+        self._capacity = min(max(capacity, 1), WEIGHT)
         self._state = READY
         self.refresh()
 
     def refresh(self) -> None:
         """Publish anew all that stays as it is, should someone have scribbled over it."""
+        if self._schedule_at < _MASK:
+            self._schedule_at = 0
         self._words[_CAPACITY] = self._capacity
+        self._words[_WEIGHT] = WEIGHT // self._capacity
         self._words[_CONNECTIONS] = self.connections
         self._words[_REQUESTS] = self.requests
         self._words[_SETTLED] = self._settled & _MASK

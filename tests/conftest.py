@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kernel_bind import Bind, MakeBind
+
+from hermes_gunicorn.dispatch.kernel import KernelTable
 
 STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
 
@@ -17,3 +20,33 @@ def bpf_stats() -> Iterator[None]:
     STATS.write_text("1")
     yield
     STATS.write_text(before)
+
+
+@pytest.fixture(params=["object", "bcc"])
+def loader(request: pytest.FixtureRequest) -> str:
+    """Each loader in turn; the tests that use it hold for both."""
+    return str(request.param)
+
+
+@pytest.fixture
+def kernel(loader: str) -> Iterator[KernelTable]:
+    """The shared maps, with the hang check off."""
+    kernel = KernelTable(loader, 256)
+    kernel.table.slots = 1
+    yield kernel
+    kernel.close()
+
+
+@pytest.fixture
+def make_bind(kernel: KernelTable) -> Iterator[MakeBind]:
+    """Make binds that are closed after the test."""
+    binds: list[Bind] = []
+
+    def make(slots: int, address: tuple[str, int] = ("127.0.0.1", 0)) -> Bind:
+        bind = Bind(kernel, slots, address)
+        binds.append(bind)
+        return bind
+
+    yield make
+    for bind in binds:
+        bind.close()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import socket
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from hermes_gunicorn import loader
 from hermes_gunicorn.errors import Unsupported
 from hermes_gunicorn.listener import waiting
 from hermes_gunicorn.loader import syscall
-from hermes_gunicorn.table import BIND, CONTROL, SHARED_SLOT, WORKER, Table
+from hermes_gunicorn.table import BIND, CONTROL, SHARED_SLOT, WORKER, Bind, Table
 
 if TYPE_CHECKING:
     from gunicorn.sock import BaseSocket
@@ -76,7 +75,7 @@ class KernelTable:
                     name, syscall.MAP_TYPE_ARRAY, size, entries, syscall.F_MMAPABLE
                 )
             self.program, self.loader = loader.load(choice)
-            self.table = Table(*(map.mmap() for map in self._maps.values()))
+            self.table = Table(*(map.mmap().memory for map in self._maps.values()))
         except (OSError, Unsupported) as error:
             self.close()
             raise _unsupported(error) from error
@@ -100,7 +99,7 @@ class KernelDispatcher:
 
     Attributes:
         migrates: whether the kernel moves a closing listener's queue to others.
-        counters: ``struct hermes_bind``, an array of 64-bit words.
+        bind: the address's counters, and who may serve it.
 
     Raises:
         Unsupported: not for this listener; it is then as it was before.
@@ -110,7 +109,7 @@ class KernelDispatcher:
         self._shared = shared
         self._listeners: dict[int, BaseSocket] = {}
         self._maps: list[syscall.Map] = []
-        self._memory: mmap.mmap | None = None
+        self._mapping: syscall.Mapping | None = None
         self.program_fd = -1
         reuseport = shared.sock.getsockopt(socket.SOL_SOCKET, _SO_REUSEPORT)
         try:
@@ -136,8 +135,8 @@ class KernelDispatcher:
     def _load(self, kernel: KernelTable) -> None:
         counters = syscall.Map(BIND.name, syscall.MAP_TYPE_ARRAY, BIND.size, 1, syscall.F_MMAPABLE)
         self._maps.append(counters)
-        self._memory = counters.mmap()
-        self.counters = memoryview(self._memory)[: BIND.size].cast("Q")
+        self._mapping = counters.mmap()
+        self.bind = Bind(self._mapping.memory)
         self._array = syscall.Map(
             "hermes_listeners", syscall.MAP_TYPE_REUSEPORT_SOCKARRAY, 8, kernel.slots
         )
@@ -224,16 +223,16 @@ class KernelDispatcher:
             listener.close()
         self._listeners.clear()
         self._close_kernel_side()
+        if self._mapping is not None:
+            self.bind.release()
+            self._mapping.close()
+            self._mapping = None
 
     def _close_kernel_side(self) -> None:
         # The reuseport group keeps the program, the program keeps the maps.
         for map in self._maps:
             map.close()
         self._maps.clear()
-        if self._memory is not None:
-            self.counters.release()
-            self._memory.close()  # it holds an fd of its own
-            self._memory = None
         if self.program_fd >= 0:
             os.close(self.program_fd)
             self.program_fd = -1

@@ -21,7 +21,7 @@ from hermes_gunicorn.errors import BpfError, Unsupported
 if TYPE_CHECKING:
     from hermes_gunicorn.loader.program import Program
 
-__all__ = ["Map", "ProgramStats", "attach_reuseport", "load_program", "program_stats"]
+__all__ = ["Map", "Mapping", "ProgramStats", "attach_reuseport", "load_program", "program_stats"]
 
 # bpf(2) by machine; 64-bit userland only, as the attributes carry 64-bit pointers.
 _SYSCALL_NUMBER = {
@@ -85,6 +85,38 @@ def _address(buffer: ctypes.Array[ctypes.c_char]) -> int:
     return ctypes.addressof(buffer)
 
 
+class Mapping:
+    """Memory shared through a file descriptor, without keeping that open.
+
+    Python's own mmap keeps a duplicate, so every worker would hold one of each map.
+
+    Attributes:
+        memory: the bytes, writable.
+
+    Raises:
+        OSError: from mmap(2).
+    """
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.mmap.restype = ctypes.c_void_p
+        size_t, integer, offset = ctypes.c_size_t, ctypes.c_int, ctypes.c_long
+        size_t, integer, offset = ctypes.c_size_t, ctypes.c_int, ctypes.c_long
+        self._libc.mmap.argtypes = (ctypes.c_void_p, size_t, *(integer,) * 3, offset)
+        self._libc.munmap.argtypes = (ctypes.c_void_p, size_t)
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        self._address = self._libc.mmap(None, size, protection, mmap.MAP_SHARED, fd, 0)
+        if self._address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), "mmap")
+        self.size = size
+        self.memory = memoryview((ctypes.c_char * size).from_address(self._address)).cast("B")
+
+    def close(self) -> None:
+        """Unmap it; an error while views of it are in use."""
+        self.memory.release()
+        self._libc.munmap(self._address, self.size)
+
+
 class Map:
     """A BPF array: created, updated by index, mapped into memory.
 
@@ -134,9 +166,9 @@ class Map:
             if error.errno != errno.ENOENT:
                 raise
 
-    def mmap(self) -> mmap.mmap:
+    def mmap(self) -> Mapping:
         """Map the whole array, shared and writable; elements follow each other."""
-        return mmap.mmap(self.fd, self.value_size * self.entries)
+        return Mapping(self.fd, self.value_size * self.entries)
 
     def close(self) -> None:
         """Give up the fd; the kernel keeps the map while a program uses it."""

@@ -7,6 +7,7 @@ accept of a connection, its end.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,19 @@ class _PublishingServer(StreamServer):  # type: ignore[misc]
 
     publisher: Publisher
     exclusive: bool
+    serves: Callable[[], bool]
+
+    def start_accepting(self) -> None:
+        """Watch the listener, unless it is for other workers to serve."""
+        if self.serves():
+            super().start_accepting()
+
+    def follow(self) -> None:
+        """Obey a change of who serves this listener."""
+        if not self.serves():
+            self.stop_accepting()
+        elif self.started and not self.full():
+            self.start_accepting()
 
     def do_read(self) -> Any:
         connection = super().do_read()
@@ -60,6 +74,8 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
         while self.alive:
             self.notify()
             self._settle(servers)
+            for server in servers:
+                server.follow()
             gevent.sleep(1.0)
         try:
             self._drain(servers)
@@ -85,7 +101,7 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
         ssl_args = {"ssl_context": ssl_context(self.cfg)} if self.cfg.is_ssl else {}
         pools: dict[Any, Pool] = {}
         servers = []
-        for sock, exclusive in zip(self.sockets, self.exclusive(), strict=True):
+        for i, (sock, exclusive) in enumerate(zip(self.sockets, self.exclusive(), strict=True)):
             sock.setblocking(1)
             # As in stock gunicorn worker_connections holds for each bind address,
             # of which the slot's own listener and the shared one are two ends.
@@ -95,6 +111,7 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
             )
             server.publisher = self.publisher
             server.exclusive = exclusive
+            server.serves = partial(self.serves, i)
             if not exclusive and self.cfg.workers > 1:
                 server.max_accept = 1
             server.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hermes_gunicorn import arbiter
+from hermes_gunicorn import arbiter, settings
 from hermes_gunicorn.errors import HermesError
 from hermes_gunicorn.table import Publisher
 
@@ -46,6 +46,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
                 " reuseport listeners, one for each worker; remove reuse_port (--reuse-port)"
             )
         arbiter.install(cfg)
+        settings.check(cfg)
 
     def init_process(self) -> None:
         """Run the worker, from just after the fork to its end."""
@@ -69,6 +70,10 @@ class HermesMixin(_Base):  # type: ignore[misc]
     def exclusive(self) -> list[bool]:
         """Say for each of ``sockets`` whether it is this worker's alone."""
         return self.assignment.exclusive if self.assignment else [False] * len(self.sockets)
+
+    def serves(self, index: int) -> bool:
+        """Say whether to accept from ``sockets[index]`` now; it may change."""
+        return self.assignment.serves(index) if self.assignment else True
 
     def notify(self) -> None:
         """Tell the arbiter that the loop turns, and mend the row; about once a second."""

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
+from collections.abc import Iterable
 
 import pytest
 from kernel_bind import Bind, MakeBind, set_row
 
+from hermes_gunicorn import policy
 from hermes_gunicorn.loader import syscall
 from hermes_gunicorn.table import (
     BOOTING,
+    BY_BIND,
+    BY_CLIENT,
+    BY_DESTINATION,
+    CASCADE,
     CONTROL,
     DEAD,
     DRAINING,
     FREE,
+    LEAST_LOADED,
     READY,
     SHARED_SLOT,
+    SLOTS_PER_GROUP,
     WORKER,
 )
 
@@ -173,21 +182,180 @@ def test_two_binds_share_the_workers_and_keep_their_sockets_apart(bind: Bind, ma
     assert (bind.counter("dispatched"), other.counter("dispatched")) == (15, 15)
 
 
-def test_more_than_64_slots(make_bind: MakeBind):
-    bind = make_bind(150)
-    ready = {5, 63, 64, 100, 127, 128, 150}
-    for slot in ready:
+def ready(bind: Bind, slots: Iterable[int]) -> None:
+    """Let workers take up slots and wait in poll."""
+    for slot in slots:
         bind.table.claim(slot)
         bind.table.set_state(slot, READY)
+
+
+def select(bind: Bind, *slots: int) -> None:
+    """Say what stage 1 of the cascade has selected."""
+    for group in range(bind.table.capacity // SLOTS_PER_GROUP):
+        here = [slot % SLOTS_PER_GROUP for slot in slots if slot // SLOTS_PER_GROUP == group]
+        bind.table.select(group, sum(1 << bit for bit in here))
+
+
+def test_more_than_64_slots(make_bind: MakeBind):
+    bind = make_bind(150)
+    slots = {5, 63, 64, 100, 127, 128, 150}
+    ready(bind, slots)
     taken = bind.sent(140)
-    assert set(taken) == ready
+    # Groups of 2, 4 and 1: pairs of them are compared, so it is near 20 each.
+    assert set(taken) == slots
+    assert all(18 <= count <= 22 for count in taken.values())
+
+
+def test_of_two_groups_the_better_worker_gets_it(make_bind: MakeBind):
+    bind = make_bind(100)
+    ready(bind, range(1, 101))
+    for slot in range(1, 101):
+        set_row(bind.table, slot, requests=5 if slot != 70 else 4)
+    for _ in range(10):
+        assert bind.sent() == {70: 1}
+        set_row(bind.table, 70, settled=bind.table.row(70).dispatched)
 
 
 def test_a_lone_group_that_is_not_the_first_is_found(make_bind: MakeBind):
     bind = make_bind(150)
-    bind.table.claim(130)
-    bind.table.set_state(130, READY)
+    ready(bind, [130])
     assert bind.sent(20) == {130: 20}
+
+
+def test_an_address_can_be_confined_to_some_slots(bind: Bind, make_bind: MakeBind):
+    other = make_bind(3, ("::1", 0))
+    bind.dispatcher.bind.allowed = 1 << 2
+    assert bind.sent(9) == {2: 9}
+    assert other.sent(8) == {1: 4, 3: 4}
+
+
+def test_a_confined_address_waits_rather_than_use_other_slots(bind: Bind):
+    bind.dispatcher.bind.allowed = 1 << 2
+    bind.table.set_state(2, DRAINING)
+    assert bind.sent() == {SHARED_SLOT: 1}
+
+
+def test_cascade_picks_by_hash_among_the_selected_however_loaded(bind: Bind):
+    bind.table.policy = CASCADE
+    select(bind, 1, 3)
+    set_row(bind.table, 1, requests=7, connections=9)
+    counts = bind.sent(300)
+    # Expected 150 each; chi-square with 1 degree of freedom, p = 1e-6.
+    assert set(counts) == {1, 3}
+    assert sum((count - 150) ** 2 / 150 for count in counts.values()) < 23.9
+
+
+def test_cascade_picks_a_lone_survivor(bind: Bind):
+    bind.table.policy = CASCADE
+    select(bind, 2)
+    assert bind.sent(10) == {2: 10}
+
+
+def test_cascade_without_a_selection_takes_the_least_loaded(bind: Bind):
+    bind.table.policy = CASCADE
+    set_row(bind.table, 1, requests=1)
+    set_row(bind.table, 3, requests=1)
+    assert bind.sent() == {2: 1}
+
+
+def test_cascade_does_not_send_to_a_selected_worker_that_hangs_by_now(bind: Bind):
+    bind.table.policy = CASCADE
+    bind.table.hang_threshold_ns = SECOND // 10
+    select(bind, 1)
+    set_row(bind.table, 1, busy_since_ns=time.monotonic_ns() - SECOND)
+    set_row(bind.table, 2, requests=1)
+    assert bind.sent() == {3: 1}
+    assert bind.counter("hung_skipped") == 1
+
+
+def test_the_policy_can_be_switched_while_it_runs(bind: Bind):
+    select(bind, 1)
+    for chosen, slot in ((CASCADE, 1), (LEAST_LOADED, 3), (CASCADE, 1)):
+        bind.table.policy = chosen
+        set_row(bind.table, 1, requests=9)
+        set_row(bind.table, 2, requests=9)
+        set_row(bind.table, 3, settled=bind.table.row(3).dispatched)
+        assert bind.sent() == {slot: 1}
+
+
+LOCALITIES = 3
+
+
+@pytest.fixture
+def localities(make_bind: MakeBind) -> Bind:
+    """A bind on all addresses with three locality groups of two workers each."""
+    bind = make_bind(LOCALITIES * SLOTS_PER_GROUP - 1, ("::", 0))
+    ready(bind, (5, 6, 70, 71, 140, 141))
+    bind.table.localities = LOCALITIES
+    return bind
+
+
+def sent_between(bind: Bind, client: str, server: str) -> int:
+    """Connect from one address to another and return the locality group that got it."""
+    with socket.socket(socket.AF_INET6 if ":" in client else socket.AF_INET) as sock:
+        sock.settimeout(5)
+        sock.bind((client, 0))
+        sock.connect((server, bind.address[1]))
+        (slot,) = bind.accepted(1)
+    return slot // SLOTS_PER_GROUP % LOCALITIES
+
+
+def packed(address: str) -> bytes:
+    """Return an address as it stands in the packet."""
+    return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+
+
+@pytest.mark.parametrize("last", range(1, 9))
+def test_clients_keep_their_locality_group(localities: Bind, last: int):
+    localities.dispatcher.bind.group_by(BY_CLIENT, 7)
+    client = f"127.0.0.{last}"
+    group = policy.locality(packed(client), BY_CLIENT, 7, LOCALITIES)
+    for server in ("127.0.1.1", "127.0.1.2", "127.0.1.3"):
+        assert sent_between(localities, client, server) == group
+    assert localities.counter("spilled") == 0
+
+
+@pytest.mark.parametrize("server", [*(f"127.0.0.{last}" for last in range(1, 9)), "::1"])
+def test_destinations_keep_their_locality_group(localities: Bind, server: str):
+    localities.dispatcher.bind.group_by(BY_DESTINATION, 7)
+    group = policy.locality(packed(server), BY_DESTINATION, 7, LOCALITIES)
+    for client in ("127.0.1.1", "127.0.1.2", "127.0.1.3") if "." in server else ("::1",) * 3:
+        assert sent_between(localities, client, server) == group
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_binds_keep_their_locality_group(localities: Bind, seed: int):
+    localities.dispatcher.bind.group_by(BY_BIND, seed)
+    group = policy.locality(b"", BY_BIND, seed, LOCALITIES)
+    for last in range(1, 4):
+        assert sent_between(localities, f"127.0.0.{last}", f"127.0.1.{last}") == group
+
+
+def test_within_a_locality_group_the_least_loaded_gets_it(localities: Bind):
+    group = policy.locality(b"", BY_BIND, 0, LOCALITIES)
+    mine = {0: (5, 6), 1: (70, 71), 2: (140, 141)}[group]
+    set_row(localities.table, mine[0], requests=3)
+    assert localities.sent(3) == {mine[1]: 3}
+    # Both are busier than all others by now, and stay at home all the same.
+    set_row(localities.table, mine[1], requests=2)
+    assert set(localities.sent(6)) == set(mine)
+
+
+def test_another_locality_group_helps_out_when_the_own_one_has_no_healthy_worker(
+    localities: Bind,
+):
+    table = localities.table
+    table.hang_threshold_ns = SECOND // 10
+    group = policy.locality(b"", BY_BIND, 0, LOCALITIES)
+    mine = {0: (5, 6), 1: (70, 71), 2: (140, 141)}[group]
+    for slot in mine:
+        set_row(table, slot, busy_since_ns=time.monotonic_ns() - SECOND)
+    assert not set(mine) & set(localities.sent(10))
+    assert localities.counter("spilled") == 10
+    for slot in mine:
+        table.set_state(slot, DRAINING)
+    assert not {*mine, SHARED_SLOT} & set(localities.sent(10))
+    assert localities.counter("spilled") == 20
 
 
 def test_any_content_of_the_table_leaves_every_connection_answered(bind: Bind):

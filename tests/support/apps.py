@@ -28,7 +28,10 @@ def table():
     return {
         "hermes": True,
         "slot": publisher.slot,
+        "policy": publisher.table.policy,
+        "localities": publisher.table.localities,
         "eligible": publisher.table.eligible(),
+        "selected": publisher.table.selected(),
         "rows": [vars(row) | {"queued": row.queued} for row in publisher.table.rows()],
     }
 
@@ -50,6 +53,8 @@ def app(environ, start_response):
         body = json.dumps(table()).encode()
     elif path == "/threshold":
         body = str(worker.publisher.table.hang_threshold_ns).encode()
+    elif path == "/policy":
+        worker.publisher.table.policy = int(query)
     elif path == "/scramble":
         memory = worker.publisher.table
         for words in (memory._rows, memory._control):

@@ -15,7 +15,7 @@ from gunicorn.sock import TCP6Socket, TCPSocket
 
 import hermes_gunicorn  # noqa: F401  (registers the settings)
 from hermes_gunicorn.dispatch.kernel import KernelDispatcher, KernelTable
-from hermes_gunicorn.table import BIND, SHARED_SLOT, WORKER, Table
+from hermes_gunicorn.table import SHARED_SLOT, WEIGHT, WORKER, Table
 
 ANSWERED_WITHIN = 5.0  # seconds
 
@@ -78,11 +78,13 @@ class Bind:
 
     def counter(self, name: str) -> int:
         """Read one of the bind's counters."""
-        return self.dispatcher.counters[BIND.index(name)]
+        return self.dispatcher.bind.counters()[name]
 
 
 def set_row(table: Table, slot: int, **words: int) -> None:
     """Write words of a row as its owner would."""
+    if "capacity" in words:
+        words["weight"] = WEIGHT // words["capacity"]
     for name, value in words.items():
         table._rows[slot * WORKER.words + WORKER.index(name)] = value
 

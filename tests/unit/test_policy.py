@@ -1,0 +1,111 @@
+"""The model's pure functions, at their edges."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hermes_gunicorn import policy
+from hermes_gunicorn.table import BY_BIND, BY_CLIENT, BY_DESTINATION, READY, WEIGHT, Row
+
+NOW = 1000
+
+
+@pytest.mark.parametrize(
+    ("busy_since", "threshold", "hung"),
+    [
+        (0, 100, False),  # in poll, however long
+        (1, 100, True),
+        (899, 100, True),
+        (900, 100, False),  # exactly as long as is allowed
+        (NOW, 100, False),
+        (NOW + 1, 100, False),  # woke on another CPU, after we read the clock
+        (1, 0, False),
+        (1, 999, False),
+        (1, 998, True),
+        (1, 1000, False),
+        (1, 1001, False),  # longer than the machine runs
+    ],
+)
+def test_hung_is_busy_for_longer_than_the_threshold(busy_since: int, threshold: int, hung: bool):
+    assert policy.is_hung(busy_since, NOW, threshold) is hung
+
+
+def row(**words: int) -> Row:
+    """A ready worker in poll with nothing to do."""
+    names = Row.__dataclass_fields__
+    return Row(**dict.fromkeys(names, 0) | {"state": READY, "weight": WEIGHT} | words)
+
+
+def test_load_counts_before_poll_and_poll_before_connections():
+    best, *others = [
+        row(connections=3),
+        row(busy_since_ns=5, connections=2),
+        row(requests=1, connections=1),
+        row(requests=1, dispatched=1, connections=0),
+    ]
+    for other in others:
+        assert policy.rank(best) < policy.rank(other)
+        best = other
+
+
+def test_load_is_relative_to_capacity():
+    assert policy.rank(row(requests=3, weight=WEIGHT // 4)) < policy.rank(row(requests=1))
+
+
+def test_taken_before_it_was_booked_is_nothing_queued():
+    assert policy.rank(row(settled=1)) == policy.rank(row())
+
+
+def test_select_drops_those_with_clearly_more_connections_then_those_with_more_events():
+    #              0   1   2    3    4
+    connections = [10, 11, 100, 10, 12]
+    events = [1, 9, 0, 2, 1]
+    # Average 28.6 + 14.3 drops number 2; of the others average 3.25 + 1.6 drops number 1.
+    assert policy.select(range(5), connections, events, 0.5) == 0b11001
+
+
+def test_select_looks_at_live_workers_only():
+    assert policy.select([1, 2], [0, 5, 5], [0, 0, 0], 0.5) == 0b110
+    assert policy.select([], [1, 2], [3, 4], 0.5) == 0
+
+
+@pytest.mark.parametrize("theta", [0, 0.5])
+def test_an_idle_server_selects_everybody(theta: float):
+    assert policy.select(range(4), [0] * 4, [0] * 4, theta) == 0b1111
+
+
+def test_theta_is_at_least_one_and_the_limit_is_not_included():
+    assert policy.select([0, 1], [0, 2], [0, 0], 0) == 0b01
+    assert policy.select([0, 1], [0, 1], [0, 0], 0) == 0b11
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 99), st.integers(0, 9)), max_size=64),
+    st.floats(0, 10),
+)
+def test_select_keeps_a_live_worker_while_there_is_one(workers, theta):
+    live = [i for i, (alive, _, _) in enumerate(workers) if alive]
+    connections, events = [w[1] for w in workers], [w[2] for w in workers]
+    bits = policy.select(live, connections, events, theta)
+    assert bits & ~sum(1 << i for i in live) == 0
+    assert bool(bits) is bool(live)
+    least = min((connections[i] for i in live), default=0)
+    calm = [i for i in live if connections[i] == least]
+    if calm:
+        # Whoever has fewest of both is in.
+        quietest = min(calm, key=lambda i: events[i])
+        if events[quietest] == min(events[i] for i in live):
+            assert bits >> quietest & 1
+
+
+def test_localities_are_spread_and_depend_on_the_seed_but_for_clients():
+    addresses = [bytes([10, 0, 0, last]) for last in range(200)]
+    for by in (BY_DESTINATION, BY_CLIENT):
+        groups = [policy.locality(address, by, 1, 4) for address in addresses]
+        assert all(35 <= groups.count(group) <= 65 for group in range(4))
+    other = [policy.locality(address, BY_CLIENT, 2, 4) for address in addresses]
+    assert other == groups
+    binds = [policy.locality(b"", BY_BIND, seed, 4) for seed in range(200)]
+    assert all(35 <= binds.count(group) <= 65 for group in range(4))
