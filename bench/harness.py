@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import gunicorn
 import psutil
@@ -75,6 +75,7 @@ class Server:
     rival: str
     arbiter: psutil.Process
     port: int
+    process: subprocess.Popen[bytes]
 
     @property
     def url(self) -> str:
@@ -97,35 +98,53 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-@contextlib.contextmanager
-def serving(rival: str, workers: int) -> Iterator[Server]:
-    """Start a server, wait until all workers have booted, stop it at the end."""
+def no_control_socket() -> list[str]:
+    """Return the flags that keep gunicorn 25.1 and later from opening one."""
+    version = tuple(map(int, gunicorn.__version__.split(".")[:2]))
+    return ["--no-control-socket"] if version >= (25, 1) else []
+
+
+def start(rival: str, flags: Sequence[str], workers: int, log: IO[str], app: str) -> Server:
+    """Start a server on a free port, and on those in the flags; wait until all is ready."""
     port = free_port()
-    command = [sys.executable, "-m", "gunicorn", *RIVALS[rival], "-w", str(workers)]
-    command += ["-b", f"127.0.0.1:{port}", "--keep-alive", str(KEEP_ALIVE), "-c", os.devnull]
-    command += ["--log-level", "info", "--chdir", str(HERE)]
-    if tuple(map(int, gunicorn.__version__.split(".")[:2])) >= (25, 1):
-        command.append("--no-control-socket")
+    command = [sys.executable, "-m", "gunicorn", *flags, "-w", str(workers)]
+    command += ["-b", f"127.0.0.1:{port}", "--keep-alive", str(KEEP_ALIVE)]
+    command += ["--log-level", "info", "--chdir", str(HERE), *no_control_socket()]
+    if "-c" not in flags:
+        command += ["-c", os.devnull]
+    process = subprocess.Popen([*command, app], stdout=log, stderr=log, start_new_session=True)
+    server = Server(rival, psutil.Process(process.pid), port, process)
+    deadline = time.monotonic() + READY_WITHIN
+    while not _ready(server, workers):
+        if process.poll() is not None or time.monotonic() > deadline:
+            stop(server)
+            log.seek(0)
+            raise SystemExit(f"{rival} did not start:\n{log.read()}")
+        time.sleep(0.05)
+    return server
+
+
+def stop(server: Server) -> None:
+    """End a server and all that belongs to it."""
+    server.process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.process.wait(STOPPED_WITHIN)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.process.pid, 9)
+    server.process.wait()
+
+
+@contextlib.contextmanager
+def serving(
+    rival: str, workers: int, flags: Sequence[str] = (), app: str = "app:app"
+) -> Iterator[Server]:
+    """Start one of the rivals, wait until all workers have booted, stop it at the end."""
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [*command, "app:app"], stdout=log, stderr=log, start_new_session=True
-        )
-        server = Server(rival, psutil.Process(process.pid), port)
+        server = start(rival, [*RIVALS.get(rival, ()), *flags], workers, log, app)
         try:
-            deadline = time.monotonic() + READY_WITHIN
-            while not _ready(server, workers):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    raise SystemExit(f"{rival} did not start:\n{log.read()}")
-                time.sleep(0.05)
             yield server
         finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(STOPPED_WITHIN)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 9)
-            process.wait()
+            stop(server)
 
 
 def _ready(server: Server, workers: int) -> bool:

@@ -47,6 +47,14 @@ struct {
 	__type(value, struct hermes_control);
 } hermes_control SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, HERMES_MAX_GROUPS);
+	__type(key, __u32);
+	__type(value, struct hermes_group);
+} hermes_groups SEC(".maps");
+
 /* max_entries of this and of hermes_listeners: set by the loader. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -65,6 +73,14 @@ struct {
 } hermes_bind SEC(".maps");
 
 struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, HERMES_MAX_GROUPS);
+	__type(key, __u32);
+	__type(value, struct hermes_allowed);
+} hermes_allowed SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_REUSEPORT_SOCKARRAY);
 	__uint(max_entries, HERMES_MAX_SLOTS);
 	__type(key, __u32);
@@ -76,6 +92,8 @@ const struct hermes_layout hermes_layout SEC("hermes.layout") = {
 	.control_size = sizeof(struct hermes_control),
 	.worker_size = sizeof(struct hermes_worker),
 	.bind_size = sizeof(struct hermes_bind),
+	.group_size = sizeof(struct hermes_group),
+	.allowed_size = sizeof(struct hermes_allowed),
 };
 
 /* The clock helper is GPL-only on older kernels. */
@@ -131,53 +149,66 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 
 /* A group of 64 slots as this bind sees it. */
 struct group {
-	__u32 first; /* its first slot */
-	__u64 usable; /* bit i: slot first + i is eligible and allowed */
-	__u64 selected; /* the same, narrowed by stage 1 of the cascade */
+	__u32 index;
+	__u64 usable; /* bit i: slot 64 * index + i is eligible and allowed */
+	__u64 selected; /* the same, and passed the filters of the cascade */
 };
 
-/* The groups a connection may go to. */
-struct groups {
-	struct group first;
-	struct group second; /* usable is 0 when there is none */
-	__u64 own; /* bit i: group i is of the connection's locality */
+/* How a connection looks for its groups. */
+struct search {
+	__u32 groups; /* in use; at least 1 */
+	__u32 localities;
+	__u32 own; /* the connection's locality */
+	__u32 members; /* groups of that locality; 0 if the table is too small for it */
+	__u32 member; /* which of them the hash picks, from 0 */
 };
 
 /* The healthy workers of the lowest rank in a group. */
 struct choice {
-	__u32 first; /* the group's first slot */
+	__u32 group;
 	__u64 lowest; /* their rank */
-	__u64 ties; /* bit i: slot first + i is one of them */
+	__u64 ties; /* bit i: slot 64 * group + i is one of them */
 	__u64 hung; /* how many were skipped as hung */
 };
 
+#define BYTES(byte) (0x0101010101010101ULL * (byte))
+
+/* For each byte, its number of set bits and that of all bytes below. */
+static __always_inline __u64 popcount_bytes(__u64 word)
+{
+	word -= (word >> 1) & BYTES(0x55);
+	word = (word & BYTES(0x33)) + ((word >> 2) & BYTES(0x33));
+	word = (word + (word >> 4)) & BYTES(0x0f);
+	return word * BYTES(1);
+}
+
 static __always_inline __u32 popcount(__u64 word)
 {
-	word -= (word >> 1) & 0x5555555555555555ULL;
-	word = (word & 0x3333333333333333ULL) + ((word >> 2) & 0x3333333333333333ULL);
-	word = (word + (word >> 4)) & 0x0f0f0f0f0f0f0f0fULL;
-	return (word * 0x0101010101010101ULL) >> 56;
+	return popcount_bytes(word) >> 56;
+}
+
+/* How many of the bytes are at most n, all below 128. */
+static __always_inline __u32 bytes_up_to(__u64 bytes, __u64 n)
+{
+	return (((n * BYTES(1) | BYTES(0x80)) - bytes & BYTES(0x80)) >> 7) * BYTES(1) >> 56;
 }
 
 /*
- * Position of the n-th (from 0) set bit of word; n < popcount(word), else anything
- * below 64. Without branches: which bit it is, nobody can predict.
+ * Position of the n-th (from 0) set bit of word; n < popcount(word). First the byte,
+ * then the bit within, without branches: which it is, nobody can predict. After
+ * S. Vigna, Broadword Implementation of Rank/Select Queries, 2008.
  */
 static __always_inline __u32 nth_set_bit(__u64 word, __u32 n)
 {
-	__u32 position = 0;
+	__u64 sums = popcount_bytes(word);
+	__u32 shift = bytes_up_to(sums, n) * 8 & 63;
+	__u64 bits;
 
-	UNROLL
-	for (__u32 width = 32; width; width >>= 1) {
-		__u32 below = popcount(word & ((1ULL << width) - 1));
-		/* 1 if the bit is in the upper half: n >= below. */
-		__u32 upper = (below - 1 - n) >> 31;
-
-		n -= below * upper;
-		word >>= width * upper;
-		position += width * upper;
-	}
-	return position;
+	n -= sums << 8 >> shift & 0xff;
+	/* One byte for each bit of the byte: 1 if it is set. */
+	bits = (word >> shift & 0xff) * BYTES(1) & 0x8040201008040201ULL;
+	bits = (bits + BYTES(0x7f) & BYTES(0x80)) >> 7;
+	return shift + bytes_up_to(bits * BYTES(1), n);
 }
 
 /* Map a 32-bit hash onto 0 .. n - 1 without a division (as the kernel does). */
@@ -259,10 +290,10 @@ static __always_inline __u64 rank(const struct hermes_worker *worker, __u64 busy
 }
 
 /* Find the healthy workers of the lowest rank in a group. */
-static __always_inline struct choice search(const struct group *group, __u64 now, __u64 limit)
+static __always_inline struct choice least_loaded(const struct group *group, __u64 now, __u64 limit)
 {
 	struct choice choice = {
-		.first = group->first,
+		.group = group->index,
 		.lowest = opaque(~0ULL, now),
 		.ties = opaque(0, now),
 		.hung = opaque(0, now),
@@ -271,7 +302,7 @@ static __always_inline struct choice search(const struct group *group, __u64 now
 	/* 64 copies of the body would be a program of 36 KB. */
 	NO_UNROLL
 	for (__u32 i = 0; i < HERMES_SLOTS_PER_GROUP; i++) {
-		__u32 slot = group->first + i;
+		__u32 slot = group->index * HERMES_SLOTS_PER_GROUP + i;
 		struct hermes_worker *worker;
 		__u64 busy_since, worker_rank;
 
@@ -342,69 +373,89 @@ static __always_inline __u32 locality(struct sk_reuseport_md *ctx, struct hermes
 	return reciprocal_scale(key, localities);
 }
 
-/* Group `index` as this bind sees it. */
-static __always_inline struct group group_at(struct hermes_control *control,
-					     struct hermes_bind *bind, __u32 index)
+/* Say where a connection looks: in two groups of its locality, if there are two. */
+static __always_inline struct search plan(struct sk_reuseport_md *ctx,
+					  struct hermes_control *control, struct hermes_bind *bind,
+					  __u64 now)
 {
-	struct group group = {.first = index * HERMES_SLOTS_PER_GROUP};
+	struct search search = {
+		.localities = READ_ONCE(control->localities),
+		.own = opaque(0, now),
+	};
 
-	/*
-	 * Not control->eligible[index]: without CAP_PERFMON a computed address makes
-	 * the verifier keep all scalars apart, and then it does not finish. A branch,
-	 * or a mask of all ones or none, it would follow both ways for each index.
-	 */
-	UNROLL
-	for (__u32 i = 0; i < HERMES_MAX_GROUPS; i++) {
-		__u64 here = 1 - is_set(i ^ index);
-
-		group.usable +=
-			here * (READ_ONCE(control->eligible[i]) & READ_ONCE(bind->allowed[i]));
-		group.selected += here * READ_ONCE(control->selected[i]);
+	search.groups = (READ_ONCE(control->slots) - 1) / HERMES_SLOTS_PER_GROUP + 1;
+	search.members = search.groups;
+	if (search.localities > 1) {
+		search.own = locality(ctx, bind, search.localities);
+		search.members =
+			(search.groups + search.localities - 1 - search.own) / search.localities;
 	}
-	return group;
-}
-
-/* Pick one of the set bits of `of`, of which there are at most HERMES_MAX_GROUPS. */
-static __always_inline __u32 pick(__u64 of, __u32 hash)
-{
-	return nth_set_bit(of, reciprocal_scale(hash, popcount(of)));
+	search.member = reciprocal_scale(ctx->hash, search.members);
+	return search;
 }
 
 /*
- * Two groups, by hash: one of the connection's locality, if that has any, and
- * another, of the same locality while there is one.
+ * The group at `index`, or if nobody in it may be sent this connection the next one
+ * where somebody may.
  */
-static __always_inline struct groups choose_groups(struct sk_reuseport_md *ctx,
-						   struct hermes_control *control,
-						   struct hermes_bind *bind, __u64 now)
+static __always_inline struct group group_from(__u32 index, __u32 groups, __u64 now)
 {
-	struct groups groups = {.own = ~0ULL};
-	__u64 usable = opaque(0, now), localities = READ_ONCE(control->localities);
-	__u64 from;
-	__u32 index;
+	struct group group = {};
 
-	if (READ_ONCE(control->slots) <= HERMES_SLOTS_PER_GROUP) {
-		groups.first.usable = READ_ONCE(control->eligible[0]) & READ_ONCE(bind->allowed[0]);
-		groups.first.selected = READ_ONCE(control->selected[0]);
-		return groups;
+	NO_UNROLL
+	for (__u32 i = 0; i < HERMES_MAX_GROUPS; i++) {
+		struct hermes_group *stage_1;
+		struct hermes_allowed *allowed;
+
+		if (index >= groups)
+			index = 0;
+		index = opaque(index, now);
+		stage_1 = bpf_map_lookup_elem(MAP(hermes_groups), &index);
+		allowed = bpf_map_lookup_elem(MAP(hermes_allowed), &index);
+		if (!stage_1 || !allowed)
+			break;
+		group.index = index;
+		group.usable = READ_ONCE(stage_1->eligible) & READ_ONCE(allowed->slots);
+		group.selected = group.usable & READ_ONCE(stage_1->selected);
+		if (group.usable)
+			break;
+		index++;
 	}
-	UNROLL
-	for (__u32 i = 0; i < HERMES_MAX_GROUPS; i++)
-		usable |= is_set(READ_ONCE(control->eligible[i]) & READ_ONCE(bind->allowed[i]))
-			  << i;
-	usable = opaque(usable, now);
-	if (localities > 1)
-		groups.own = READ_ONCE(control->stride) << (locality(ctx, bind, localities) & 63);
+	group.index = opaque(group.index, now);
+	group.usable = opaque(group.usable, now);
+	group.selected = opaque(group.selected, now);
+	return group;
+}
 
-	from = usable & groups.own ? usable & groups.own : usable;
-	index = pick(from, ctx->hash);
-	groups.first = group_at(control, bind, index);
+static __always_inline struct group first_group(const struct search *search, __u64 now)
+{
+	return group_from(search->own + search->member * search->localities, search->groups, now);
+}
 
-	usable &= ~(1ULL << (index & 63));
-	from = usable & groups.own ? usable & groups.own : usable;
-	if (from)
-		groups.second = group_at(control, bind, pick(from, mix(ctx->hash)));
-	return groups;
+/* Another group: of the same locality, or if there is none, the next one. */
+static __always_inline struct group second_group(const struct search *search,
+						 const struct group *first, __u32 hash, __u64 now)
+{
+	__u32 index = first->index + 1, member;
+
+	if (search->members > 1) {
+		member = search->member + 1 + reciprocal_scale(hash, search->members - 1);
+		if (member >= search->members)
+			member -= search->members;
+		index = search->own + member * search->localities;
+	}
+	return group_from(index, search->groups, now);
+}
+
+static __always_inline int is_own(const struct search *search, __u32 group)
+{
+	return search->localities <= 1 || group % search->localities == search->own;
+}
+
+/* Pick one of the set bits. */
+static __always_inline __u32 pick(__u64 of, __u32 hash)
+{
+	return nth_set_bit(of, reciprocal_scale(hash, popcount(of)));
 }
 
 /*
@@ -415,11 +466,10 @@ static __always_inline struct groups choose_groups(struct sk_reuseport_md *ctx,
  */
 static __always_inline __u32 cascade(const struct group *group, __u32 hash, __u64 limit)
 {
-	__u64 selected = group->usable & group->selected;
-	__u32 slot = group->first + pick(selected, hash);
+	__u32 slot = group->index * HERMES_SLOTS_PER_GROUP + pick(group->selected, hash);
 	struct hermes_worker *worker;
 
-	if (!selected)
+	if (!group->selected)
 		return HERMES_SHARED_SLOT;
 	worker = bpf_map_lookup_elem(MAP(hermes_workers), &slot);
 	if (!worker || READ_ONCE(worker->state) != HERMES_READY ||
@@ -432,22 +482,23 @@ static __always_inline __u32 cascade(const struct group *group, __u32 hash, __u6
 static __always_inline __u32 choose(struct sk_reuseport_md *ctx, struct hermes_control *control,
 				    struct hermes_bind *bind, __u64 now)
 {
-	struct groups groups = choose_groups(ctx, control, bind, now);
 	__u64 limit = hang_limit(now, READ_ONCE(control->hang_threshold_ns));
-	/* Mixed, since the hash's high bits may have chosen the group. */
-	__u32 hash = ctx->hash * 0x9e3779b1;
-	__u32 slot = HERMES_SHARED_SLOT;
+	struct search search = plan(ctx, control, bind, now);
+	struct group first = first_group(&search, now), second;
+	/* Mixed, since the hash's high bits have chosen the group. */
+	__u32 hash = ctx->hash * 0x9e3779b1, slot = HERMES_SHARED_SLOT;
 	struct choice best, other;
 
 	if (READ_ONCE(control->policy) == HERMES_CASCADE)
-		slot = cascade(&groups.first, hash, limit);
+		slot = cascade(&first, hash, limit);
 	if (slot == HERMES_SHARED_SLOT) {
-		best = search(&groups.first, now, limit);
+		best = least_loaded(&first, now, limit);
 		if (best.hung)
 			add(bind, hung_skipped, best.hung);
 		/* The better of two groups; one of another locality only in need. */
-		if (groups.own >> groups.second.first / HERMES_SLOTS_PER_GROUP & 1 || !best.ties) {
-			other = search(&groups.second, now, limit);
+		if (search.groups > 1 && (search.members > 1 || !best.ties)) {
+			second = second_group(&search, &first, mix(ctx->hash), now);
+			other = least_loaded(&second, now, limit);
 			if (other.hung)
 				add(bind, hung_skipped, other.hung);
 			/* On a tie the one that the hash chose first. */
@@ -456,9 +507,9 @@ static __always_inline __u32 choose(struct sk_reuseport_md *ctx, struct hermes_c
 		}
 		if (!best.ties)
 			return HERMES_SHARED_SLOT;
-		slot = best.first + pick(best.ties, hash);
+		slot = best.group * HERMES_SLOTS_PER_GROUP + pick(best.ties, hash);
 	}
-	if (!(groups.own >> slot / HERMES_SLOTS_PER_GROUP & 1))
+	if (!is_own(&search, slot / HERMES_SLOTS_PER_GROUP))
 		count(bind, spilled);
 	return slot;
 }

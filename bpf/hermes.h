@@ -56,26 +56,27 @@ enum hermes_group_by {
 	HERMES_BY_CLIENT = 2,
 };
 
-/* What rules all binds. One element; each part on cache lines of its own. */
+/*
+ * What rules all binds. One element. Written by the arbiter, and by whoever tunes a
+ * running server.
+ */
 struct hermes_control {
-	/* Written by the arbiter, and by whoever tunes a running server. */
 	__u64 slots; /* slots in use, slot 0 included: 1 .. HERMES_MAX_SLOTS */
 	__u64 hang_threshold_ns; /* busy for longer than this is hung; 0: never */
 	__u64 policy; /* enum hermes_policy */
 	__u64 theta; /* cascade: slack above the average, in thousandths of it */
 	__u64 localities; /* locality groups, 1: none; group g of 64 belongs to g % localities */
-	__u64 stride; /* bit g: g % localities is 0 */
+	__u64 scheduled_ns; /* CLOCK_MONOTONIC of stage 1's last run; any worker */
 	__u64 reserved[2];
-	/*
-	 * Stage 1, bit s % 64 of word s / 64: slot s may be sent connections.
-	 * Anyone may store a word, but only the value that follows from the rows.
-	 * It is a short cut; `state` in the row has the last word.
-	 */
-	__u64 eligible[HERMES_MAX_GROUPS];
-	/* Stage 1 of the cascade: the same for its filters. Any worker. */
-	__u64 selected[HERMES_MAX_GROUPS];
-	__u64 scheduled_ns; /* CLOCK_MONOTONIC of the last run of that; any worker */
-	__u64 reserved2[7];
+};
+
+/*
+ * Stage 1 for a group of 64 slots, bit i for its i-th. Anyone may store a word, but
+ * only the value that follows from the rows.
+ */
+struct hermes_group {
+	__u64 eligible; /* may be sent connections; a short cut, `state` has the last word */
+	__u64 selected; /* passed the filters of the cascade */
 };
 
 /* One slot's row: a cache line the worker writes, a cache line the kernel writes. */
@@ -109,7 +110,11 @@ struct hermes_bind {
 	__u64 group_by; /* enum hermes_group_by */
 	__u64 seed; /* a hash of the address, so that binds differ in their groups */
 	__u64 reserved2[6];
-	__u64 allowed[HERMES_MAX_GROUPS]; /* bit s % 64 of word s / 64: slot s may serve it */
+};
+
+/* Which slots of a group of 64 may serve a bind address. */
+struct hermes_allowed {
+	__u64 slots; /* bit i: the group's i-th */
 };
 
 /* What the object tells the loader about itself, in section "hermes.layout". */
@@ -118,6 +123,8 @@ struct hermes_layout {
 	__u32 control_size; /* sizeof(struct hermes_control), and so on */
 	__u32 worker_size;
 	__u32 bind_size;
+	__u32 group_size;
+	__u32 allowed_size;
 };
 
 #endif /* HERMES_H */

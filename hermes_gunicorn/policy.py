@@ -43,7 +43,6 @@ from dataclasses import dataclass
 from hermes_gunicorn.table import (
     BY_CLIENT,
     CASCADE,
-    MAX_GROUPS,
     READY,
     SHARED_SLOT,
     SLOTS_PER_GROUP,
@@ -172,18 +171,24 @@ def candidates(view: View, now_ns: int, own: int | None = None) -> list[set[int]
         Sets of which the hash picks one, then a member.
     """
     usable = view.eligible & view.allowed
-    # With one group in use the program does not look at the others.
-    if len(view.rows) <= SLOTS_PER_GROUP:
-        return [_outcome(view, usable, now_ns, 0, None, True)]
-    used = [g for g in range(MAX_GROUPS) if usable >> g * SLOTS_PER_GROUP & _WORD]
-    local = [g for g in used if own is None or g % view.localities == own]
+    groups = -(-len(view.rows) // SLOTS_PER_GROUP)
+    local = range(own or 0, groups, view.localities)
     result = []
-    for first in local or used or [0]:
-        rest = [g for g in local if g != first] or [g for g in used if g != first]
-        for second in (*rest,) or (None,):
-            compare = own is None or (second is not None and second % view.localities == own)
-            result.append(_outcome(view, usable, now_ns, first, second, compare))
+    for first in local or [0]:
+        # The hash draws the other one as well; without another of the locality it is
+        # the next, and looked at only in need.
+        start = _group_from(usable, first, groups)
+        others = [g for g in local if g != first] or ([start + 1] if groups > 1 else [])
+        seconds = [_group_from(usable, g, groups) for g in others]
+        for second in (*seconds,) or (None,):
+            result.append(_outcome(view, usable, now_ns, start, second, len(local) > 1))
     return result
+
+
+def _group_from(usable: int, index: int, groups: int) -> int:
+    """Return the first group from ``index`` on where somebody is usable."""
+    around = [(index + i) % groups for i in range(groups)]
+    return next((g for g in around if usable >> g * SLOTS_PER_GROUP & _WORD), around[-1])
 
 
 def _outcome(

@@ -18,6 +18,7 @@ from time import monotonic_ns
 from typing import Final, NamedTuple, TypeAlias
 
 __all__ = [
+    "ALLOWED",
     "ALL_SLOTS",
     "BIND",
     "BOOTING",
@@ -30,6 +31,7 @@ __all__ = [
     "DEAD",
     "DRAINING",
     "FREE",
+    "GROUP",
     "GROUP_BY",
     "LAYOUT_VERSION",
     "LEAST_LOADED",
@@ -107,14 +109,11 @@ CONTROL: Final = Struct(
         ("policy", 1),
         ("theta", 1),
         ("localities", 1),
-        ("stride", 1),
-        ("reserved", 2),
-        ("eligible", MAX_GROUPS),
-        ("selected", MAX_GROUPS),
         ("scheduled_ns", 1),
-        ("reserved2", 7),
+        ("reserved", 2),
     ),
 )
+GROUP: Final = Struct("hermes_group", (("eligible", 1), ("selected", 1)))
 WORKER: Final = Struct(
     "hermes_worker",
     (
@@ -146,9 +145,9 @@ BIND: Final = Struct(
         ("group_by", 1),
         ("seed", 1),
         ("reserved2", 6),
-        ("allowed", MAX_GROUPS),
     ),
 )
+ALLOWED: Final = Struct("hermes_allowed", (("slots", 1),))
 COUNTERS: Final = tuple(name for name, _ in BIND.fields[: BIND.index("reserved")])
 
 _STATE: Final = WORKER.index("state")
@@ -167,13 +166,11 @@ _HANG_THRESHOLD: Final = CONTROL.index("hang_threshold_ns")
 _POLICY: Final = CONTROL.index("policy")
 _THETA: Final = CONTROL.index("theta")
 _LOCALITIES: Final = CONTROL.index("localities")
-_STRIDE: Final = CONTROL.index("stride")
-_ELIGIBLE: Final = CONTROL.index("eligible")
-_SELECTED: Final = CONTROL.index("selected")
 _SCHEDULED: Final = CONTROL.index("scheduled_ns")
+_ELIGIBLE: Final = GROUP.index("eligible")
+_SELECTED: Final = GROUP.index("selected")
 _GROUP_BY: Final = BIND.index("group_by")
 _SEED: Final = BIND.index("seed")
-_ALLOWED: Final = BIND.index("allowed")
 
 _OWNED_WORDS: Final = (_BUSY_SINCE, _REQUESTS, _CONNECTIONS, _SETTLED, _ACCEPTED)
 
@@ -212,20 +209,23 @@ class Bind:
 
     Args:
         memory: writable buffer of ``BIND.size`` bytes or more.
+        allowed: writable buffer of ``MAX_GROUPS * ALLOWED.size`` bytes or more.
     """
 
-    def __init__(self, memory: Buffer) -> None:
+    def __init__(self, memory: Buffer, allowed: Buffer) -> None:
         self._words = memoryview(memory).cast("B")[: BIND.size].cast("Q")
+        self._allowed = memoryview(allowed).cast("B")[: MAX_GROUPS * ALLOWED.size].cast("Q")
         self.allowed = ALL_SLOTS
 
     @classmethod
     def anonymous(cls) -> Bind:
         """Make one in memory that forked children share, for use without eBPF."""
-        return cls(mmap.mmap(-1, BIND.size))
+        return cls(mmap.mmap(-1, BIND.size), mmap.mmap(-1, MAX_GROUPS * ALLOWED.size))
 
     def release(self) -> None:
         """Let go of the memory."""
         self._words.release()
+        self._allowed.release()
 
     def counters(self) -> dict[str, int]:
         """Read the counters by name."""
@@ -234,17 +234,17 @@ class Bind:
     @property
     def allowed(self) -> int:
         """The slots that may serve this address, bit s for slot s."""
-        return _bitmap(self._words[_ALLOWED : _ALLOWED + MAX_GROUPS])
+        return _bitmap(self._allowed)
 
     @allowed.setter
     def allowed(self, bits: int) -> None:
         for group in range(MAX_GROUPS):
-            self._words[_ALLOWED + group] = bits >> group * SLOTS_PER_GROUP & _MASK
+            self._allowed[group] = bits >> group * SLOTS_PER_GROUP & _MASK
 
     def allows(self, slot: int) -> bool:
         """Tell whether a slot may serve this address."""
         group, bit = divmod(slot, SLOTS_PER_GROUP)
-        return bool(self._words[_ALLOWED + group] >> bit & 1)
+        return bool(self._allowed[group] >> bit & 1)
 
     def group_by(self, what: int, seed: int) -> None:
         """Say what a connection's locality group depends on.
@@ -271,11 +271,13 @@ class Table:
 
     Args:
         control: writable buffer of ``CONTROL.size`` bytes or more.
+        groups: writable buffer of ``MAX_GROUPS * GROUP.size`` bytes or more.
         rows: writable buffer of a multiple of ``WORKER.size`` bytes; slot 0 first.
     """
 
-    def __init__(self, control: Buffer, rows: Buffer) -> None:
+    def __init__(self, control: Buffer, groups: Buffer, rows: Buffer) -> None:
         self._control = memoryview(control).cast("B")[: CONTROL.size].cast("Q")
+        self._groups = memoryview(groups).cast("B")[: MAX_GROUPS * GROUP.size].cast("Q")
         self._rows = memoryview(rows).cast("B").cast("Q")
         self.capacity = len(self._rows) // WORKER.words
         self.localities = 1
@@ -283,7 +285,15 @@ class Table:
     @classmethod
     def anonymous(cls, slots: int) -> Table:
         """Make a table in memory that forked children share, for use without eBPF."""
-        return cls(mmap.mmap(-1, CONTROL.size), mmap.mmap(-1, slots * WORKER.size))
+        sizes = (CONTROL.size, MAX_GROUPS * GROUP.size, slots * WORKER.size)
+        return cls(*(mmap.mmap(-1, size) for size in sizes))
+
+    @classmethod
+    def private(cls) -> Table:
+        """Make a table with a single row that nobody else sees."""
+        return cls(
+            bytearray(CONTROL.size), bytearray(MAX_GROUPS * GROUP.size), bytearray(WORKER.size)
+        )
 
     @property
     def slots(self) -> int:
@@ -328,7 +338,6 @@ class Table:
 
     @localities.setter
     def localities(self, value: int) -> None:
-        self._control[_STRIDE] = sum(1 << group for group in range(0, MAX_GROUPS, value))
         self._control[_LOCALITIES] = value
 
     def row(self, slot: int) -> Row:
@@ -342,15 +351,15 @@ class Table:
 
     def eligible(self) -> int:
         """Read the eligibility bitmap as one number, bit s for slot s."""
-        return _bitmap(self._control[_ELIGIBLE : _ELIGIBLE + MAX_GROUPS])
+        return _bitmap(self._groups[_ELIGIBLE :: GROUP.words])
 
     def selected(self) -> int:
         """Read what the cascade's first stage selected, bit s for slot s."""
-        return _bitmap(self._control[_SELECTED : _SELECTED + MAX_GROUPS])
+        return _bitmap(self._groups[_SELECTED :: GROUP.words])
 
     def select(self, group: int, bits: int) -> None:
         """Publish what the cascade's first stage selected in a group of 64."""
-        self._control[_SELECTED + group] = bits
+        self._groups[group * GROUP.words + _SELECTED] = bits
 
     @property
     def scheduled_ns(self) -> int:
@@ -392,7 +401,7 @@ class Table:
         last = min(first + SLOTS_PER_GROUP, self.capacity)
         word = None
         while word != (word := self._ready_bits(first, last)):
-            self._control[_ELIGIBLE + group] = word
+            self._groups[group * GROUP.words + _ELIGIBLE] = word
 
     def _ready_bits(self, first: int, last: int) -> int:
         states = self._rows[first * WORKER.words + _STATE : last * WORKER.words : WORKER.words]
@@ -460,10 +469,10 @@ class Publisher:
     @classmethod
     def unseen(cls) -> Publisher:
         """Make a pen for a row that nobody reads, for a worker without a slot."""
-        return cls(Table(bytearray(CONTROL.size), bytearray(WORKER.size)), SHARED_SLOT)
+        return cls(Table.private(), SHARED_SLOT)
 
     def _disown(self) -> None:
-        self.table = Table(bytearray(CONTROL.size), bytearray(WORKER.size))
+        self.table = Table.private()
         self.slot = 0
         self._words = self.table._rows
         self._schedule_at = _MASK

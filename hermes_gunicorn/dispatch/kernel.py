@@ -22,7 +22,17 @@ from hermes_gunicorn import loader
 from hermes_gunicorn.errors import Unsupported
 from hermes_gunicorn.listener import waiting
 from hermes_gunicorn.loader import syscall
-from hermes_gunicorn.table import BIND, CONTROL, SHARED_SLOT, WORKER, Bind, Table
+from hermes_gunicorn.table import (
+    ALLOWED,
+    BIND,
+    CONTROL,
+    GROUP,
+    MAX_GROUPS,
+    SHARED_SLOT,
+    WORKER,
+    Bind,
+    Table,
+)
 
 if TYPE_CHECKING:
     from gunicorn.sock import BaseSocket
@@ -69,6 +79,7 @@ class KernelTable:
         try:
             for name, size, entries in (
                 (CONTROL.name, CONTROL.size, 1),
+                ("hermes_groups", GROUP.size, MAX_GROUPS),
                 ("hermes_workers", WORKER.size, slots),
             ):
                 self._maps[name] = syscall.Map(
@@ -83,6 +94,24 @@ class KernelTable:
     def maps(self) -> dict[str, syscall.Map]:
         """Return the shared maps by name."""
         return dict(self._maps)
+
+    def bind_maps(self) -> dict[str, syscall.Map]:
+        """Make the maps of one bind address, by name."""
+        array, mapped = syscall.MAP_TYPE_ARRAY, syscall.F_MMAPABLE
+        sockets = syscall.MAP_TYPE_REUSEPORT_SOCKARRAY
+        maps: dict[str, syscall.Map] = {}
+        try:
+            for name, type, size, entries, flags in (
+                (BIND.name, array, BIND.size, 1, mapped),
+                (ALLOWED.name, array, ALLOWED.size, MAX_GROUPS, mapped),
+                ("hermes_listeners", sockets, 8, self.slots, 0),
+            ):
+                maps[name] = syscall.Map(name, type, size, entries, flags)
+        except OSError:
+            for map in maps.values():
+                map.close()
+            raise
+        return maps
 
     def close(self) -> None:
         """Give up the fds. The maps live on while a program or a mapping uses them."""
@@ -109,7 +138,7 @@ class KernelDispatcher:
         self._shared = shared
         self._listeners: dict[int, BaseSocket] = {}
         self._maps: list[syscall.Map] = []
-        self._mapping: syscall.Mapping | None = None
+        self._mappings: list[syscall.Mapping] = []
         self.program_fd = -1
         reuseport = shared.sock.getsockopt(socket.SOL_SOCKET, _SO_REUSEPORT)
         try:
@@ -133,16 +162,13 @@ class KernelDispatcher:
         self._shared.close = close
 
     def _load(self, kernel: KernelTable) -> None:
-        counters = syscall.Map(BIND.name, syscall.MAP_TYPE_ARRAY, BIND.size, 1, syscall.F_MMAPABLE)
-        self._maps.append(counters)
-        self._mapping = counters.mmap()
-        self.bind = Bind(self._mapping.memory)
-        self._array = syscall.Map(
-            "hermes_listeners", syscall.MAP_TYPE_REUSEPORT_SOCKARRAY, 8, kernel.slots
-        )
-        self._maps.append(self._array)
-        maps = kernel.maps() | {map.name: map for map in self._maps}
-        self.program_fd, self.migrates = syscall.load_program(kernel.program, maps)
+        maps = kernel.bind_maps()
+        self._maps += maps.values()
+        self._array = maps["hermes_listeners"]
+        for name in (BIND.name, ALLOWED.name):
+            self._mappings.append(maps[name].mmap())
+        self.bind = Bind(*(mapping.memory for mapping in self._mappings))
+        self.program_fd, self.migrates = syscall.load_program(kernel.program, kernel.maps() | maps)
 
     def _attach(self) -> None:
         """Make gunicorn's listener the first of a group and hand the group to the program.
@@ -223,10 +249,10 @@ class KernelDispatcher:
             listener.close()
         self._listeners.clear()
         self._close_kernel_side()
-        if self._mapping is not None:
+        if self._mappings:
             self.bind.release()
-            self._mapping.close()
-            self._mapping = None
+        while self._mappings:
+            self._mappings.pop().close()
 
     def _close_kernel_side(self) -> None:
         # The reuseport group keeps the program, the program keeps the maps.

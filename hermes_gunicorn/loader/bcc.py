@@ -21,7 +21,14 @@ from hermes_gunicorn.loader.program import Program
 __all__ = ["load"]
 
 _FUNCTION = "hermes_dispatch"
-_MAPS = ("hermes_control", "hermes_workers", "hermes_bind", "hermes_listeners")
+_MAPS = (
+    "hermes_control",
+    "hermes_groups",
+    "hermes_workers",
+    "hermes_bind",
+    "hermes_allowed",
+    "hermes_listeners",
+)
 _FIRST_PSEUDO_FD = 1 << 20  # stands for a map until the real fd is known
 _COMPILE = Path(__file__).with_name("bcc_compile.py")
 _TIMEOUT = 60.0  # seconds; it takes 0.5 on a laptop
@@ -66,7 +73,7 @@ def _layout_assertions() -> list[str]:
     """Make the compiler compare hermes.h with table.py, field by field."""
     version = f'"{_ASSERTION}HERMES_LAYOUT_VERSION"'
     lines = [f"_Static_assert(HERMES_LAYOUT_VERSION == {table.LAYOUT_VERSION}, {version});"]
-    for layout in (table.CONTROL, table.WORKER, table.BIND):
+    for layout in (table.CONTROL, table.GROUP, table.WORKER, table.BIND, table.ALLOWED):
         struct_name = f"struct {layout.name}"
         lines.append(
             f"_Static_assert(sizeof({struct_name}) == {layout.size},"

@@ -79,7 +79,7 @@ def load(path: Path) -> Program:
     """
     try:
         elf = _Elf(path.read_bytes())
-        Layout(*struct.unpack(elf.order + "4I", elf.section(_LAYOUT))).check(path.name)
+        Layout(*struct.unpack(elf.order + "6I", elf.section(_LAYOUT))).check(path.name)
         references = [
             (offset // 8, elf.symbol(symbol))
             for offset, type, symbol in elf.relocations(_CODE)

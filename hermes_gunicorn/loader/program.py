@@ -24,11 +24,14 @@ class Layout:
     control_size: int
     worker_size: int
     bind_size: int
+    group_size: int
+    allowed_size: int
 
     @classmethod
     def of_table(cls) -> Layout:
         """Return the layout this package is written for."""
-        return cls(table.LAYOUT_VERSION, table.CONTROL.size, table.WORKER.size, table.BIND.size)
+        structs = (table.CONTROL, table.WORKER, table.BIND, table.GROUP, table.ALLOWED)
+        return cls(table.LAYOUT_VERSION, *(struct.size for struct in structs))
 
     def check(self, source: str) -> None:
         """Refuse a program that was built for another layout.

@@ -18,7 +18,6 @@ from hermes_gunicorn.table import (
     BY_CLIENT,
     BY_DESTINATION,
     CASCADE,
-    CONTROL,
     DEAD,
     DRAINING,
     FREE,
@@ -360,10 +359,14 @@ def test_another_locality_group_helps_out_when_the_own_one_has_no_healthy_worker
 
 def test_any_content_of_the_table_leaves_every_connection_answered(bind: Bind):
     table = bind.table
-    rows, control = len(table._rows) * 8, CONTROL.size
+    bind_memory = bind.dispatcher.bind
+    memory = (table._control, table._groups, table._rows, bind_memory._words, bind_memory._allowed)
     for i in range(10_000):
-        table._rows[:] = memoryview(os.urandom(rows)).cast("Q")
-        table._control[:] = memoryview(os.urandom(control)).cast("Q")
+        for words in memory:
+            words[:] = memoryview(os.urandom(words.nbytes)).cast("Q")
+        if i % 4:  # or hardly a random number would let a worker be searched
+            table.slots = i % 200
+            table.localities = i % 5
         if i % 2:  # plausible states, so that any word can decide
             for slot in range(table.capacity):
                 table._rows[slot * WORKER.words] = READY

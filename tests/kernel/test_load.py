@@ -19,7 +19,7 @@ from hermes_gunicorn.dispatch.kernel import KernelTable
 from hermes_gunicorn.errors import BpfError
 from hermes_gunicorn.loader import syscall
 from hermes_gunicorn.loader.program import Program
-from hermes_gunicorn.table import BIND, CONTROL, WORKER
+from hermes_gunicorn.table import ALLOWED, BIND, CONTROL, GROUP, WORKER
 
 VERIFIER_BUDGET = 100_000  # instructions; the kernel's limit is a million
 
@@ -29,7 +29,9 @@ def open_fds() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.parametrize("layout", [CONTROL, WORKER, BIND], ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    "layout", [CONTROL, GROUP, WORKER, BIND, ALLOWED], ids=lambda layout: layout.name
+)
 def test_the_python_layout_is_that_of_the_objects_btf(layout):
     path = loaders.bpf_directory() / "hermes.bpf.o"
     dump = subprocess.run(
@@ -49,18 +51,16 @@ def test_the_python_layout_is_that_of_the_objects_btf(layout):
 
 @pytest.mark.parametrize("attach_type", [39, 0], ids=["migrate", "select"])
 def test_the_verifier_passes_it_with_and_without_migration(kernel: KernelTable, attach_type: int):
-    maps = kernel.maps() | {
-        "hermes_bind": syscall.Map("hermes_bind", syscall.MAP_TYPE_ARRAY, BIND.size, 1),
-        "hermes_listeners": syscall.Map("l", syscall.MAP_TYPE_REUSEPORT_SOCKARRAY, 8, 256),
-    }
-    code = kernel.program.relocated({name: map.fd for name, map in maps.items()})
+    maps = kernel.bind_maps()
+    fds = {name: map.fd for name, map in (kernel.maps() | maps).items()}
+    code = kernel.program.relocated(fds)
     fd = syscall._load(kernel.program, code, attach_type)
     try:
         assert syscall.program_stats(fd).verified_instructions < VERIFIER_BUDGET
     finally:
         os.close(fd)
-        maps["hermes_bind"].close()
-        maps["hermes_listeners"].close()
+        for map in maps.values():
+            map.close()
 
 
 def test_a_program_the_verifier_refuses_is_refused_with_its_words():
@@ -120,7 +120,6 @@ ONLY_CAP_BPF = """
 import ctypes, os, pickle, sys
 from hermes_gunicorn.dispatch.kernel import KernelTable
 from hermes_gunicorn.loader import syscall
-from hermes_gunicorn.table import BIND
 program = pickle.load(sys.stdin.buffer)
 PR_SET_KEEPCAPS, CAP_DAC_READ_SEARCH, CAP_BPF = 8, 2, 39
 libc = ctypes.CDLL(None, use_errno=True)
@@ -130,10 +129,8 @@ header = (ctypes.c_uint32 * 2)(0x20080522, 0)
 low, high = 1 << CAP_DAC_READ_SEARCH, 1 << (CAP_BPF - 32)
 data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
 assert libc.capset(header, data) == 0
-maps = KernelTable("object", 256).maps()
-maps["hermes_bind"] = syscall.Map("b", syscall.MAP_TYPE_ARRAY, BIND.size, 1)
-maps["hermes_listeners"] = syscall.Map("l", syscall.MAP_TYPE_REUSEPORT_SOCKARRAY, 8, 256)
-print(syscall.load_program(program, maps)[1])
+kernel = KernelTable("object", 256)
+print(syscall.load_program(program, kernel.maps() | kernel.bind_maps())[1])
 """
 
 

@@ -53,11 +53,13 @@ def app(environ, start_response):
         body = json.dumps(table()).encode()
     elif path == "/threshold":
         body = str(worker.publisher.table.hang_threshold_ns).encode()
+    elif path == "/slot":
+        body = str(worker.publisher.slot).encode()
     elif path == "/policy":
         worker.publisher.table.policy = int(query)
     elif path == "/scramble":
         memory = worker.publisher.table
-        for words in (memory._rows, memory._control):
+        for words in (memory._rows, memory._groups, memory._control):
             words[:] = memoryview(os.urandom(words.nbytes)).cast("Q")
     elif path == "/block":
         original_sleep()(float(query))

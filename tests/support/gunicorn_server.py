@@ -209,7 +209,7 @@ class Server:
             return {child.pid for child in psutil.Process(self.process.pid).children()}
         return set()
 
-    def wait_ready(self, workers: int | None = None) -> Server:
+    def wait_ready(self, workers: int | None = None, seconds: float = READY_WITHIN) -> Server:
         """Wait until that many workers accept."""
         wanted = self.workers_wanted if workers is None else workers
 
@@ -222,7 +222,7 @@ class Server:
             return False
 
         try:
-            wait_for(ready, f"{wanted} ready workers")
+            wait_for(ready, f"{wanted} ready workers", seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log}") from None
         return self

@@ -13,7 +13,7 @@ from hermes_gunicorn.table import (
     ALL_SLOTS,
     BY_BIND,
     CASCADE,
-    CONTROL,
+    GROUP,
     LEAST_LOADED,
     READY,
     SHARED_SLOT,
@@ -87,7 +87,7 @@ class Filling:
             table.refresh_eligible(group)
             first = group * SLOTS_PER_GROUP
             table.select(group, self.selected >> first & WORD)
-            table._control[CONTROL.index("eligible") + group] ^= self.stale >> first & WORD
+            table._groups[group * GROUP.words] ^= self.stale >> first & WORD
 
 
 def fillings(slots: int) -> st.SearchStrategy[Filling]:

@@ -14,13 +14,15 @@ from hermes_gunicorn.errors import LayoutMismatch, LoaderError
 from hermes_gunicorn.loader import Layout, object
 
 OBJECT = loader.bpf_directory() / "hermes.bpf.o"
-LAYOUT = struct.pack("<4I", *vars(Layout.of_table()).values())
+LAYOUT = struct.pack("<6I", *vars(Layout.of_table()).values())
 
 
 def test_the_shipped_object_names_its_maps_and_its_license():
     program = object.load(OBJECT)
     assert {name for _, name in program.map_references} == {
         "hermes_control",
+        "hermes_groups",
+        "hermes_allowed",
         "hermes_workers",
         "hermes_bind",
         "hermes_listeners",
@@ -36,15 +38,15 @@ def test_a_map_nobody_made_is_refused():
 
 @pytest.mark.parametrize(
     ("index", "field"),
-    list(enumerate(["version", "control_size", "worker_size", "bind_size"])),
+    list(enumerate(vars(Layout.of_table()))),
 )
 def test_another_layout_is_refused_by_name(tmp_path, index, field):
     data = OBJECT.read_bytes()
     assert data.count(LAYOUT) == 1
-    numbers = list(struct.unpack("<4I", LAYOUT))
+    numbers = list(struct.unpack("<6I", LAYOUT))
     numbers[index] += 8
     other = tmp_path / "hermes.bpf.o"
-    other.write_bytes(data.replace(LAYOUT, struct.pack("<4I", *numbers)))
+    other.write_bytes(data.replace(LAYOUT, struct.pack("<6I", *numbers)))
     with pytest.raises(LayoutMismatch, match=f"layout mismatch: {field} is {numbers[index]}"):
         object.load(other)
 

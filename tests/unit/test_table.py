@@ -108,7 +108,7 @@ def test_the_shared_slot_is_never_eligible(shared):
 
 def test_a_stale_word_of_the_bitmap_is_mended_by_any_worker(shared):
     shared.set_state(1, READY)
-    shared._control[table.CONTROL.index("eligible")] = 0b1100
+    shared._groups[table.GROUP.index("eligible")] = 0b1100
     Publisher(shared, 2).refresh()
     assert shared.eligible() == 0b10
 
@@ -183,9 +183,8 @@ def test_a_connection_taken_without_having_been_booked_is_put_right_at_once(shar
 
 def test_any_content_can_be_read(shared):
     for _ in range(200):
-        random = os.urandom(len(shared._rows) * 8)
-        shared._rows[:] = memoryview(random).cast("Q")
-        shared._control[:] = memoryview(os.urandom(table.CONTROL.size)).cast("Q")
+        for words in (shared._control, shared._groups, shared._rows):
+            words[:] = memoryview(os.urandom(words.nbytes)).cast("Q")
         assert len(shared.rows()) <= shared.capacity
         assert all(0 <= row.queued < 1 << 63 for row in shared.rows())
         assert shared.eligible() >= 0
@@ -193,7 +192,8 @@ def test_any_content_can_be_read(shared):
 
 def test_a_word_is_one_native_store():
     memory = bytearray(WORKER.size)
-    pen = Publisher(Table(bytearray(table.CONTROL.size), memory), 0)
+    control, groups = bytearray(table.CONTROL.size), bytearray(16 * table.GROUP.size)
+    pen = Publisher(Table(control, groups, memory), 0)
     pen.opened(own=False)
     at = WORKER.index("connections") * 8
     assert struct.unpack_from("=Q", memory, at) == (1,)

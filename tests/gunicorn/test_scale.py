@@ -1,0 +1,34 @@
+"""More workers than one group of 64 slots holds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+
+from gunicorn_server import under_load, wait_for
+
+WORKERS = 130
+
+
+def test_130_workers_share_kept_alive_connections_evenly(launch):
+    # On a few cores a worker may wait its turn for longer than the default threshold.
+    server = launch("--preload", "--hermes-hang-threshold", "2", workers=WORKERS)
+    server.wait_ready(seconds=60)
+    with contextlib.ExitStack() as stack:
+        counts: Counter[int] = Counter()
+        clients = [stack.enter_context(server.connect()) for _ in range(3 * WORKERS)]
+        for client in clients:
+            client.send("/slot")
+        for client in clients:
+            counts[int(client.receive()[1])] += 1
+        groups = Counter(slot // 64 for slot in counts)
+        assert sorted(groups.values()) == [43, 43, 44]
+        by_group = Counter({g: sum(c for s, c in counts.items() if s // 64 == g) for g in groups})
+        # Three connections for each worker, whatever the group.
+        assert len(counts) == WORKERS
+        assert set(counts.values()) <= {2, 3, 4}
+        assert all(abs(by_group[g] - 3 * groups[g]) <= 13 for g in groups)
+    with under_load(server) as failures:
+        wait_for(lambda: json.loads(server.get("/table"))["rows"][0]["dispatched"] >= 0, "answers")
+    assert not failures
