@@ -178,9 +178,8 @@ def candidates(view: View, now_ns: int, own: int | None = None) -> list[set[int]
         # The hash draws the other one as well; without another of the locality it is
         # the next, and looked at only in need.
         start = _group_from(usable, first, groups)
-        others = [g for g in local if g != first] or ([start + 1] if groups > 1 else [])
-        seconds = [_group_from(usable, g, groups) for g in others]
-        for second in (*seconds,) or (None,):
+        for other in [g for g in local if g != first] or [start + 1]:
+            second = _group_from(usable, other, groups)
             result.append(_outcome(view, usable, now_ns, start, second, len(local) > 1))
     return result
 
@@ -192,7 +191,7 @@ def _group_from(usable: int, index: int, groups: int) -> int:
 
 
 def _outcome(
-    view: View, usable: int, now_ns: int, first: int, second: int | None, compare: bool
+    view: View, usable: int, now_ns: int, first: int, second: int, compare: bool
 ) -> set[int]:
     """Choose among two groups; ``compare``: even when the first has somebody."""
     if view.policy == CASCADE:
@@ -203,7 +202,7 @@ def _outcome(
     else:
         fit = set()
     best = _best(view, usable, now_ns, first)
-    if second is not None and (compare or not best):
+    if compare or not best:
         best = min(best, _best(view, usable, now_ns, second), key=_lowest)
     return fit | {row.slot for row in best} or {SHARED_SLOT}
 

@@ -22,6 +22,7 @@ from hermes_gunicorn.table import (
     DRAINING,
     FREE,
     LEAST_LOADED,
+    MAX_SLOTS,
     READY,
     SHARED_SLOT,
     SLOTS_PER_GROUP,
@@ -219,6 +220,11 @@ def test_a_lone_group_that_is_not_the_first_is_found(make_bind: MakeBind):
     bind = make_bind(150)
     ready(bind, [130])
     assert bind.sent(20) == {130: 20}
+
+
+def test_the_last_group_is_followed_by_the_first(bind: Bind):
+    bind.table.slots = MAX_SLOTS
+    assert SHARED_SLOT not in bind.sent(60)
 
 
 def test_an_address_can_be_confined_to_some_slots(bind: Bind, make_bind: MakeBind):

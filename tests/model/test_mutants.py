@@ -37,13 +37,15 @@ FIRST, LAST = "hang_limit(", "hermes_dispatch("
 EQUIVALENT = {
     ("for (__u32 i = 0; i < HERMES_SLOTS_PER_GROUP; i++) {", "<"): "a shift by 64 ends the loop",
     ("__u64 limit = threshold && threshold < now ? now - threshold : 1;", "<"): (
-        "at equality it decides between a limit of 0 and of 1"
+        "at equality, one nanosecond, it decides between a limit of 0 and of 1"
     ),
-    ("if (READ_ONCE(control->slots) <= HERMES_SLOTS_PER_GROUP) {", "<="): (
-        "one group, found the longer way"
-    ),
-    ("if (localities > 1)", ">"): "one locality group is all groups",
-    ("if len(view.rows) <= SLOTS_PER_GROUP:", "<="): "one group, found the longer way",
+    ("for (__u32 i = 0; i < HERMES_MAX_GROUPS; i++) {", "<"): "a probe more than there are groups",
+    ("if (other.lowest < best.lowest)", "<"): "equal rank, and the hash drew both groups",
+    ("if (search.localities > 1) {", ">"): "one locality group is all groups",
+    (
+        "return search->localities <= 1 || group % search->localities == search->own;",
+        "<=",
+    ): "one locality group is all groups",
 }
 
 
