@@ -261,12 +261,14 @@ static __always_inline __u64 hang_limit(__u64 now, __u64 threshold)
 }
 
 /*
- * Never hung: zero, a worker in poll, which wraps to the largest value; and a time
- * after now, as a worker may have woken on another CPU since we read the clock.
+ * Busy for too long, or marked as frozen by a sibling. Never busy for too long: zero,
+ * a worker in poll, which wraps to the largest value; and a time after now, as a
+ * worker may have woken on another CPU since we read the clock.
  */
-static __always_inline int is_hung(__u64 busy_since, __u64 limit)
+static __always_inline int is_hung(const struct hermes_worker *worker, __u64 busy_since,
+				   __u64 limit)
 {
-	return busy_since - 1 < limit - 1;
+	return busy_since - 1 < limit - 1 || READ_ONCE(worker->frozen_since_ns);
 }
 
 /*
@@ -314,7 +316,7 @@ static __always_inline struct choice least_loaded(const struct group *group, __u
 		if (!worker || READ_ONCE(worker->state) != HERMES_READY)
 			continue;
 		busy_since = READ_ONCE(worker->busy_since_ns);
-		if (is_hung(busy_since, limit)) {
+		if (is_hung(worker, busy_since, limit)) {
 			choice.hung++;
 			continue;
 		}
@@ -473,7 +475,7 @@ static __always_inline __u32 cascade(const struct group *group, __u32 hash, __u6
 		return HERMES_SHARED_SLOT;
 	worker = bpf_map_lookup_elem(MAP(hermes_workers), &slot);
 	if (!worker || READ_ONCE(worker->state) != HERMES_READY ||
-	    is_hung(READ_ONCE(worker->busy_since_ns), limit))
+	    is_hung(worker, READ_ONCE(worker->busy_since_ns), limit))
 		return HERMES_SHARED_SLOT;
 	return slot;
 }

@@ -28,7 +28,7 @@
 #ifndef HERMES_H
 #define HERMES_H
 
-#define HERMES_LAYOUT_VERSION 2
+#define HERMES_LAYOUT_VERSION 3
 #define HERMES_MAX_SLOTS 1024
 #define HERMES_SLOTS_PER_GROUP 64
 #define HERMES_MAX_GROUPS (HERMES_MAX_SLOTS / HERMES_SLOTS_PER_GROUP)
@@ -79,7 +79,7 @@ struct hermes_group {
 	__u64 selected; /* passed the filters of the cascade */
 };
 
-/* One slot's row: a cache line the worker writes, a cache line the kernel writes. */
+/* One slot's row: a cache line the worker writes, one the kernel writes at each dispatch. */
 struct hermes_worker {
 	__u64 state; /* enum hermes_state; arbiter while it has no owner, then the worker */
 	__u64 busy_since_ns; /* CLOCK_MONOTONIC at which the loop woke with work; 0: in poll */
@@ -88,12 +88,16 @@ struct hermes_worker {
 	__u64 weight; /* of one request: (1 << HERMES_WEIGHT_SHIFT) / capacity */
 	__u64 settled; /* of `dispatched`: accepted, or written off as never completed */
 	__u64 accepted; /* connections taken from its own listeners */
-	__u64 capacity; /* requests it can run at once, at least 1; for people */
+	__u64 frozen_since_ns; /* a sibling saw connections wait while it was in poll; 0: it turned */
 
 	__u64 dispatched; /* connections the kernel sent here */
 	__u64 last_dispatch_ns; /* CLOCK_MONOTONIC of the last one */
+	/* Written seldom. */
 	__u64 generation; /* owners so far; arbiter */
-	__u64 reserved[5];
+	__u64 capacity; /* requests it can run at once, at least 1; for people */
+	__u64 rescued; /* connections it took from its siblings' listeners */
+	__u64 rescued_at_ns; /* CLOCK_MONOTONIC at which siblings took what waited here; any sibling */
+	__u64 reserved[2];
 };
 
 /* One bind address: counters by its program, then what the arbiter says about it. */

@@ -23,7 +23,6 @@ from hermes_gunicorn import settings
 from hermes_gunicorn.dispatch.kernel import KernelDispatcher, KernelTable
 from hermes_gunicorn.errors import StrictError, Unsupported
 from hermes_gunicorn.listener import address_of
-from hermes_gunicorn.scheduler import Scheduler
 from hermes_gunicorn.slots import Slots
 from hermes_gunicorn.table import (
     ALL_SLOTS,
@@ -47,6 +46,7 @@ __all__ = ["Assignment", "Coordinator", "install"]
 
 _MIN_ROWS = 256  # 32 KiB; enough for HUP, which doubles the workers, and many a TTIN
 _ROWS_PER_WORKER = 4
+_SPARE = 2  # listeners opened in advance beyond those that HUP needs
 _STOP = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
 
 
@@ -76,12 +76,29 @@ class Assignment:
         return self.exclusive[index] or self.binds[index].allows(self.slot or SHARED_SLOT)
 
     def take_up(self) -> Publisher:
-        """In the worker: drop what belongs to others and get the pen for the row."""
-        self._coordinator.leave_to_arbiter(self.slot)
+        """In the worker: drop what is the arbiter's and get the pen for the row."""
+        self._coordinator.leave_to_arbiter()
         if self.slot is None:
             return Publisher.unseen()
-        table = self._coordinator.table
-        return Publisher(table, self.slot, Scheduler(table))
+        return Publisher(self._coordinator.table, self.slot)
+
+    def siblings(self) -> dict[int, list[tuple[int, BaseSocket]]]:
+        """In the worker: the other slots' listeners.
+
+        Each with the index of its address's own listener in ``worker.sockets``.
+        """
+        result: dict[int, list[tuple[int, BaseSocket]]] = {}
+        if self.slot is not None and any(self.exclusive):
+            for index, dispatcher in enumerate(self._coordinator.dispatchers.values()):
+                for slot, listener in dispatcher.listeners().items():
+                    if slot != self.slot:
+                        result.setdefault(slot, []).append((index, listener))
+        return result
+
+    def leave_siblings(self) -> None:
+        """In a worker that stops: let go of the other slots' listeners."""
+        for dispatcher in self._coordinator.dispatchers.values():
+            dispatcher.leave_siblings(self.slot or SHARED_SLOT)
 
     def told_to_stop(self) -> bool:
         """In the worker: whether a signal to stop went to the arbiter's handlers."""
@@ -170,7 +187,26 @@ class Coordinator:
                     error.remedy,
                 )
         self.binds = {listener: self._bind(listener) for listener in self._listeners}
+        self._reserve()
         self._report()
+
+    def _reserve(self) -> None:
+        """Open the listeners of the workers to come, twice as many as are wanted.
+
+        Workers have the listeners that exist when they are forked; what waits on others
+        they cannot rescue. HUP doubles the workers for a while.
+        """
+        workers = self.server.num_workers
+        slots = self._slots.preview(2 * workers + _SPARE, workers, self.table.localities)
+        try:
+            for dispatcher in self.dispatchers.values():
+                dispatcher.reserve(slots)
+        except OSError as error:
+            self.server.log.warning(
+                "hermes: cannot open listeners in advance: %s; rescue is limited. Allow more open"
+                " files (ulimit -n, systemd: LimitNOFILE=)",
+                error.strerror,
+            )
 
     def _configure(self) -> None:
         """Publish the settings, once for each configuration; a running server may be tuned."""
@@ -277,10 +313,10 @@ class Coordinator:
                 self.table.release(slot)
                 self._describe_binds()
 
-    def leave_to_arbiter(self, slot: int | None) -> None:
-        """In a worker: close what belongs to the arbiter and to other slots."""
+    def leave_to_arbiter(self) -> None:
+        """In a worker: close what only the arbiter needs."""
         for dispatcher in self.dispatchers.values():
-            dispatcher.keep_only(slot)
+            dispatcher.leave_to_arbiter()
         if isinstance(self._kernel, KernelTable):
             self._kernel.close()
 

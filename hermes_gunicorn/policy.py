@@ -8,7 +8,9 @@ Theory of operation. A connection should meet a worker that can turn to it at on
 Two things stand in the way: a worker may hang, and it may have other work.
 
 *Hung* is a worker whose loop left poll and did not come back for longer than the
-threshold. It is skipped. One that waits in poll is never hung, however long it waits.
+threshold. It is skipped. One that waits in poll is not hung, however long it waits,
+unless a sibling saw connections wait for it there: then it is frozen, and skipped until
+its loop turns.
 
 Policy ``least_loaded`` ranks the healthy ones, lowest first, by
 
@@ -43,6 +45,7 @@ from dataclasses import dataclass
 from hermes_gunicorn.table import (
     BY_CLIENT,
     CASCADE,
+    DRAINING,
     READY,
     SHARED_SLOT,
     SLOTS_PER_GROUP,
@@ -50,7 +53,10 @@ from hermes_gunicorn.table import (
     Row,
 )
 
-__all__ = ["View", "candidates", "is_hung", "locality", "rank", "select"]
+__all__ = ["View", "candidates", "is_full", "is_hung", "locality", "rank", "rescue_at", "select"]
+
+# 63 requests of weight 2**20 // 63 are not quite 2**20.
+_FULL = WEIGHT - WEIGHT // 1024
 
 _WORD = (1 << 64) - 1
 _HALF_WORD = (1 << 32) - 1
@@ -91,6 +97,32 @@ def is_hung(busy_since_ns: int, now_ns: int, threshold_ns: int) -> bool:
         threshold_ns: 0, or more than the machine's uptime, means never.
     """
     return threshold_ns > 0 and 0 < busy_since_ns < now_ns - threshold_ns
+
+
+def rescue_at(row: Row, rescue_after_ns: int, threshold_ns: int) -> int:
+    """Return from when on siblings may take what waits for a worker.
+
+    Args:
+        row: of a worker to which more connections were sent than it took.
+        rescue_after_ns: how long it may be busy before they help.
+        threshold_ns: how long it may stay in poll although something waits.
+
+    Returns:
+        CLOCK_MONOTONIC; 0 is at once: nobody will take it, or the one who would has
+        no room until a request is done.
+    """
+    if row.state not in (READY, DRAINING) or row.frozen_since_ns:
+        return 0
+    if is_full(row):
+        return 0
+    if not row.busy_since_ns:
+        return row.last_dispatch_ns + threshold_ns
+    return row.busy_since_ns + rescue_after_ns
+
+
+def is_full(row: Row) -> bool:
+    """Tell whether a worker runs as many requests as it can."""
+    return row.requests * row.weight >= _FULL
 
 
 def rank(row: Row) -> tuple[int, bool, int]:
@@ -213,7 +245,8 @@ def _members(view: View, bits: int, group: int) -> list[Row]:
 
 
 def _is_fit(view: View, row: Row, now_ns: int) -> bool:
-    return row.state == READY and not is_hung(row.busy_since_ns, now_ns, view.threshold_ns)
+    hung = is_hung(row.busy_since_ns, now_ns, view.threshold_ns) or row.frozen_since_ns
+    return row.state == READY and not hung
 
 
 def _best(view: View, usable: int, now_ns: int, group: int) -> list[Row]:

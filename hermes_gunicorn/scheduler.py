@@ -53,6 +53,7 @@ class Scheduler:
                 i
                 for i, state in enumerate(group.state)
                 if state == READY
+                and not group.frozen_since_ns[i]
                 and not policy.is_hung(group.busy_since_ns[i], now_ns, threshold_ns)
             ]
             table.select(

@@ -47,6 +47,16 @@ def _one_of(name: str, choices: Sequence[str]) -> Callable[[Any], str]:
     return validate
 
 
+def _validate_rescue_after(value: Any) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if isinstance(value, bool) or not 0 <= seconds <= 3600:
+        raise ValueError(f"hermes_rescue_after must be 0 to 3600 seconds, not {value!r}")
+    return seconds
+
+
 def _validate_theta(value: Any) -> float:
     try:
         theta = float(value)
@@ -129,6 +139,20 @@ class HermesHangThreshold(Setting):  # type: ignore[misc]
         A worker whose loop did not turn for this long gets no new connections.
 
         They go to other workers until it is back. 0 switches the check off.
+        """
+
+
+class HermesRescueAfter(Setting):  # type: ignore[misc]
+    name = "hermes_rescue_after"
+    section = SECTION
+    cli = ("--hermes-rescue-after",)
+    meta = "SECONDS"
+    validator = _validate_rescue_after
+    default = 0.005
+    desc = """\
+        What waits for a worker that is busy for this long is taken by its siblings.
+
+        A worker without room, one that hangs in poll or is gone is helped at once.
         """
 
 

@@ -70,6 +70,13 @@ class Slots:
         self._seats[slot] = min(range(max(workers, 1)), key=lambda seat: (holders[seat], seat))
         return slot
 
+    def preview(self, count: int, workers: int, localities: int) -> list[int]:
+        """Return the slots that so many more workers would get."""
+        other = Slots(self.capacity)
+        other._owners = dict(self._owners)
+        taken = (other.take(object(), workers, localities, lambda slot: 0) for _ in range(count))
+        return [slot for slot in taken if slot is not None]
+
     def give_back(self, slot: int, workers: int) -> None:
         """Free a slot; when the server has shrunk, close the gap that leaves."""
         del self._owners[slot]

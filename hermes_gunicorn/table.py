@@ -51,7 +51,7 @@ __all__ = [
     "Table",
 ]
 
-LAYOUT_VERSION: Final = 2
+LAYOUT_VERSION: Final = 3
 MAX_SLOTS: Final = 1024
 SLOTS_PER_GROUP: Final = 64
 MAX_GROUPS: Final = MAX_SLOTS // SLOTS_PER_GROUP
@@ -124,11 +124,14 @@ WORKER: Final = Struct(
         ("weight", 1),
         ("settled", 1),
         ("accepted", 1),
-        ("capacity", 1),
+        ("frozen_since_ns", 1),
         ("dispatched", 1),
         ("last_dispatch_ns", 1),
         ("generation", 1),
-        ("reserved", 5),
+        ("capacity", 1),
+        ("rescued", 1),
+        ("rescued_at_ns", 1),
+        ("reserved", 2),
     ),
 )
 BIND: Final = Struct(
@@ -161,6 +164,9 @@ _SETTLED: Final = WORKER.index("settled")
 _ACCEPTED: Final = WORKER.index("accepted")
 _DISPATCHED: Final = WORKER.index("dispatched")
 _LAST_DISPATCH: Final = WORKER.index("last_dispatch_ns")
+_FROZEN: Final = WORKER.index("frozen_since_ns")
+_RESCUED: Final = WORKER.index("rescued")
+_RESCUED_AT: Final = WORKER.index("rescued_at_ns")
 _SLOTS: Final = CONTROL.index("slots")
 _HANG_THRESHOLD: Final = CONTROL.index("hang_threshold_ns")
 _POLICY: Final = CONTROL.index("policy")
@@ -172,7 +178,10 @@ _SELECTED: Final = GROUP.index("selected")
 _GROUP_BY: Final = BIND.index("group_by")
 _SEED: Final = BIND.index("seed")
 
-_OWNED_WORDS: Final = (_BUSY_SINCE, _REQUESTS, _CONNECTIONS, _SETTLED, _ACCEPTED)
+_OWNED_WORDS: Final = (
+    *(_BUSY_SINCE, _REQUESTS, _CONNECTIONS, _SETTLED, _ACCEPTED),
+    *(_FROZEN, _RESCUED, _RESCUED_AT),
+)
 
 
 @dataclass(frozen=True)
@@ -187,10 +196,13 @@ class Row:
     weight: int
     settled: int
     accepted: int
-    capacity: int
+    frozen_since_ns: int
     dispatched: int
     last_dispatch_ns: int
     generation: int
+    capacity: int
+    rescued: int
+    rescued_at_ns: int
 
     @property
     def queued(self) -> int:
@@ -262,6 +274,7 @@ class Columns(NamedTuple):
 
     state: list[int]
     busy_since_ns: list[int]
+    frozen_since_ns: list[int]
     connections: list[int]
     events: list[int]  # requests in flight or queued
 
@@ -343,7 +356,7 @@ class Table:
     def row(self, slot: int) -> Row:
         """Read a slot's row."""
         at = slot * WORKER.words
-        return Row(slot, *self._rows[at : at + _GENERATION + 1])
+        return Row(slot, *self._rows[at : at + _RESCUED_AT + 1])
 
     def rows(self) -> list[Row]:
         """Read the rows in use, the shared slot's first."""
@@ -382,7 +395,13 @@ class Table:
             requests + queued if (queued := (sent - taken) & _MASK) <= _MAX_QUEUED else requests
             for requests, sent, taken in zip(column(_REQUESTS), dispatched, settled, strict=True)
         ]
-        return Columns(column(_STATE), column(_BUSY_SINCE), column(_CONNECTIONS), events)
+        return Columns(
+            state=column(_STATE),
+            busy_since_ns=column(_BUSY_SINCE),
+            frozen_since_ns=column(_FROZEN),
+            connections=column(_CONNECTIONS),
+            events=events,
+        )
 
     def set_state(self, slot: int, state: int) -> None:
         """Publish a slot's state and make the bitmap follow."""
@@ -431,8 +450,34 @@ class Table:
         """Give a slot back after its owner is gone."""
         self.set_state(slot, FREE)
         at = slot * WORKER.words
-        for word in (_BUSY_SINCE, _REQUESTS, _CONNECTIONS):
+        for word in (_BUSY_SINCE, _REQUESTS, _CONNECTIONS, _FROZEN):
             self._rows[at + word] = 0
+
+    def queues(self) -> list[int]:
+        """List the slots to which more connections were sent than were taken."""
+        end = min(self.slots, self.capacity) * WORKER.words
+        dispatched = self._rows[_DISPATCHED : end : WORKER.words].tolist()
+        settled = self._rows[_SETTLED : end : WORKER.words].tolist()
+        if dispatched == settled:  # as nearly always
+            return []
+        return [
+            slot
+            for slot, (sent, taken) in enumerate(zip(dispatched, settled, strict=True))
+            if 0 < (sent - taken) & _MASK <= _MAX_QUEUED
+        ]
+
+    def sent(self) -> int:
+        """Count the connections dispatched to all slots."""
+        end = min(self.slots, self.capacity) * WORKER.words
+        return sum(self._rows[_DISPATCHED : end : WORKER.words].tolist())
+
+    def mark_frozen(self, slot: int, now_ns: int) -> None:
+        """Say that connections wait for a worker that does not leave poll; any sibling."""
+        self._rows[slot * WORKER.words + _FROZEN] = now_ns
+
+    def mark_rescued(self, slot: int, now_ns: int) -> None:
+        """Say that what waited for a worker was taken; any sibling."""
+        self._rows[slot * WORKER.words + _RESCUED_AT] = now_ns
 
 
 class Publisher:
@@ -445,16 +490,13 @@ class Publisher:
     Args:
         table: the table.
         slot: the row.
-        schedule: called with the time at the end of a turn of the loop, not before the
-            time that its last call returned.
     """
 
-    def __init__(
-        self, table: Table, slot: int, schedule: Callable[[int], int] | None = None
-    ) -> None:
+    def __init__(self, table: Table, slot: int) -> None:
         self.table = table
-        self._schedule = schedule or (lambda now_ns: _MASK)
-        self._schedule_at = 0
+        self._woke = 0
+        self._turned: Callable[[int], int] = lambda woke_ns: _MASK
+        self._turned_at = 0
         self.slot = slot
         self.connections = 0
         self.requests = 0
@@ -475,20 +517,30 @@ class Publisher:
         self.table = Table.private()
         self.slot = 0
         self._words = self.table._rows
-        self._schedule_at = _MASK
+        self._turned_at = _MASK
+
+    def at_turn(self, call: Callable[[int], int]) -> None:
+        """Have something called at the end of a turn of the loop that had work.
+
+        Args:
+            call: takes when the loop woke, CLOCK_MONOTONIC in nanoseconds, and returns
+                the earliest such time at which it wants to be called again.
+        """
+        self._turned = call
+        self._turned_at = 0
 
     def woke(self) -> None:
         """The loop has left poll with work to do."""
-        self._words[_BUSY_SINCE] = monotonic_ns()
+        self._words[_BUSY_SINCE] = self._woke = monotonic_ns()
+        self._words[_FROZEN] = 0
 
     def polls(self) -> None:
         """The loop is about to wait in poll."""
-        woke = self._words[_BUSY_SINCE]
-        if woke >= self._schedule_at:
-            self._schedule_at = self._schedule(woke)
+        if self._woke >= self._turned_at:
+            self._turned_at = self._turned(self._woke)
         self._words[_BUSY_SINCE] = 0
 
-    def opened(self, own: bool) -> None:
+    def opened(self, own: bool, requests: int = 1) -> None:
         """A connection was accepted; its first request counts as in flight from here.
 
         Were it counted only when it arrives, a worker that accepts quickly would look
@@ -496,9 +548,10 @@ class Publisher:
 
         Args:
             own: taken from the slot's own listener, not from the shared one.
+            requests: 0 if its first request is counted by ``began``.
         """
         self.connections += 1
-        self.requests += 1
+        self.requests += requests
         self._words[_CONNECTIONS] = self.connections
         self._words[_REQUESTS] = self.requests
         if own:
@@ -523,6 +576,15 @@ class Publisher:
         self.requests -= 1
         self._words[_REQUESTS] = self.requests
 
+    def rescued(self) -> None:
+        """A connection was taken from a sibling's listener."""
+        self._words[_RESCUED] += 1
+
+    @property
+    def lost(self) -> bool:
+        """Whether siblings have taken what waited here since the last dispatch."""
+        return self._words[_RESCUED_AT] > self._words[_LAST_DISPATCH]
+
     @property
     def queued(self) -> int:
         """Connections the kernel sent here that were not taken yet."""
@@ -539,13 +601,14 @@ class Publisher:
         To be called only when the own queue was seen empty. A dispatch is booked
         at the SYN and can be accepted a round trip later, so nothing is written
         off until no connection was sent here for ``quiet_ns`` nanoseconds. Taken
-        without having been booked (SYN cookies) is put right at once.
+        without having been booked (SYN cookies) is put right at once, and so is what
+        siblings took.
         """
         dispatched = self._words[_DISPATCHED]
         ahead = (dispatched - self._settled) & _MASK
         age = monotonic_ns() - self._words[_LAST_DISPATCH]
         # A dispatch in the future is none: someone has scribbled over the row.
-        if not 0 <= age < quiet_ns or ahead >> 63:
+        if not 0 <= age < quiet_ns or ahead >> 63 or self.lost:
             self._settled = dispatched
             self._words[_SETTLED] = dispatched
 
@@ -557,8 +620,6 @@ class Publisher:
 
     def refresh(self) -> None:
         """Publish anew all that stays as it is, should someone have scribbled over it."""
-        if self._schedule_at < _MASK:
-            self._schedule_at = 0
         self._words[_CAPACITY] = self._capacity
         self._words[_WEIGHT] = WEIGHT // self._capacity
         self._words[_CONNECTIONS] = self.connections

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from kernel_bind import Bind, MakeBind
 
 from hermes_gunicorn.dispatch.kernel import KernelTable
-
-STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
+from hermes_gunicorn.loader import syscall
 
 
 @pytest.fixture
 def bpf_stats() -> Iterator[None]:
     """Have the kernel count program runs during the test."""
-    before = STATS.read_text()
-    STATS.write_text("1")
+    fd = syscall.enable_stats()
     yield
-    STATS.write_text(before)
+    os.close(fd)
 
 
 @pytest.fixture(params=["object", "bcc"])

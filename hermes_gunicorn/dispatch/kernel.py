@@ -15,7 +15,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import socket
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from hermes_gunicorn import loader
@@ -188,6 +190,9 @@ class KernelDispatcher:
         own = self._shared.sock
         sibling = socket.socket(own.family, own.type)
         try:
+            # The other half is for gunicorn: without files it cannot fork workers, and ends.
+            if sibling.fileno() > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             sibling.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sibling.setsockopt(socket.SOL_SOCKET, _SO_REUSEPORT, 1)
             if own.family == socket.AF_INET6:
@@ -230,11 +235,30 @@ class KernelDispatcher:
         listener = self._listeners.get(slot)
         return waiting(listener) if listener else 0
 
-    def keep_only(self, slot: int | None) -> None:
-        """In a worker: close what belongs to the arbiter and to other slots."""
+    def reserve(self, slots: Iterable[int]) -> None:
+        """Open the slots' listeners now, so that workers forked from here on have them.
+
+        Raises:
+            OSError: no more files can be opened.
+        """
+        for slot in slots:
+            if slot not in self._listeners:
+                self._listeners[slot] = self._open_sibling()
+
+    def listeners(self) -> dict[int, BaseSocket]:
+        """Return the listeners that are open, by slot."""
+        return dict(self._listeners)
+
+    def leave_to_arbiter(self) -> None:
+        """In a worker: close what only the arbiter needs."""
+        self._close_kernel_side()
+        # Here closing gunicorn's listener closes that alone.
+        vars(self._shared).pop("close", None)
+
+    def leave_siblings(self, slot: int) -> None:
+        """In a worker that stops: close the listeners of other slots."""
         for other in [other for other in self._listeners if other != slot]:
             self._listeners.pop(other).close()
-        self._close_kernel_side()
 
     def hand_over(self) -> None:
         """Let another arbiter put the shared listener into its socket array.

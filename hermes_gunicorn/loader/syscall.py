@@ -21,7 +21,15 @@ from hermes_gunicorn.errors import BpfError, Unsupported
 if TYPE_CHECKING:
     from hermes_gunicorn.loader.program import Program
 
-__all__ = ["Map", "Mapping", "ProgramStats", "attach_reuseport", "load_program", "program_stats"]
+__all__ = [
+    "Map",
+    "Mapping",
+    "ProgramStats",
+    "attach_reuseport",
+    "enable_stats",
+    "load_program",
+    "program_stats",
+]
 
 # bpf(2) by machine; 64-bit userland only, as the attributes carry 64-bit pointers.
 _SYSCALL_NUMBER = {
@@ -36,6 +44,8 @@ _SYSCALL_NUMBER = {
 _MAP_CREATE, _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM = range(4)
 _PROG_LOAD = 5
 _OBJ_GET_INFO_BY_FD = 15
+_ENABLE_STATS = 32
+_STATS_RUN_TIME = 0
 
 MAP_TYPE_ARRAY = 2
 MAP_TYPE_REUSEPORT_SOCKARRAY = 20
@@ -239,7 +249,7 @@ def attach_reuseport(sock: socket.socket, program_fd: int) -> None:
 
 
 class ProgramStats:
-    """What the kernel counted for a program while ``kernel.bpf_stats_enabled`` was 1.
+    """What the kernel counted for a program while statistics were enabled.
 
     Attributes:
         runs: how often it ran.
@@ -251,6 +261,13 @@ class ProgramStats:
         self.runs = runs
         self.run_time_ns = run_time_ns
         self.verified_instructions = verified_instructions
+
+
+def enable_stats() -> int:
+    """Have the kernel time programs for as long as the returned fd is open (5.8+)."""
+    fd = _bpf(_ENABLE_STATS, struct.pack("=I", _STATS_RUN_TIME), "enable statistics")
+    os.set_inheritable(fd, False)
+    return fd
 
 
 def program_stats(program_fd: int) -> ProgramStats:

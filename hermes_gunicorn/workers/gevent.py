@@ -6,27 +6,26 @@ accept of a connection, its end.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import gevent
-from gevent import getcurrent
+from gevent import getcurrent, socket
 from gevent.hub import get_hub
 from gevent.pool import Pool
 from gevent.server import StreamServer
 from gunicorn.sock import ssl_context
 from gunicorn.workers import ggevent
 
-from hermes_gunicorn.listener import waiting
 from hermes_gunicorn.table import Publisher
-from hermes_gunicorn.workers.mixin import HermesMixin
+from hermes_gunicorn.workers.mixin import HANDSHAKE_GRACE, HermesMixin
 
 __all__ = ["HermesGeventWorker"]
 
-_HANDSHAKE_GRACE = 1.0  # seconds: a connection sent here may still be on its way
-_QUIET_NS = 3_000_000_000  # without a dispatch for so long, none is on its way
+_NOBODY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ECONNABORTED)
 _LAST, _FIRST = -2, 2  # libev's priorities
 
 
@@ -55,6 +54,23 @@ class _PublishingServer(StreamServer):  # type: ignore[misc]
             self.publisher.opened(self.exclusive)
         return connection
 
+    def take_from(self, listener: Any) -> bool:
+        """Accept from another listener of the same address."""
+        try:
+            fd, address = listener.sock._accept()
+        except OSError as error:
+            if error.errno in _NOBODY:
+                return False
+            raise
+        client = socket.socket(listener.sock.family, listener.sock.type, fileno=fd)
+        self.publisher.opened(False)
+        try:
+            self.do_handle(client, address)
+        except BaseException:
+            self.do_close(client)
+            raise
+        return True
+
     def do_close(self, *connection: Any) -> None:
         if not getattr(getcurrent(), "hermes_served", False):
             self.publisher.ended()
@@ -65,15 +81,17 @@ class _PublishingServer(StreamServer):  # type: ignore[misc]
 class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[misc]
     """gunicorn's gevent worker with a slot of its own."""
 
+    _look_timer: Any = None
+
     def run(self) -> None:
         """Serve until told to stop, then drain. Follows ``GeventWorker.run``."""
         self._watch_poll()
-        servers = self._start_servers()
+        self._servers = servers = self._start_servers()
         if self.alive:
-            self.publisher.ready(self.worker_connections)
+            self.begin(self.worker_connections, self._take, self._has_room)
+            self._watch_siblings()
         while self.alive:
             self.notify()
-            self._settle(servers)
             for server in servers:
                 server.follow()
             gevent.sleep(1.0)
@@ -118,19 +136,27 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
             servers.append(server)
         return servers
 
-    def _settle(self, servers: list[_PublishingServer]) -> None:
-        """Write off connections that were sent here but never came."""
-        publisher = self.publisher
-        if publisher.drifted and not any(waiting(s.socket) for s in servers if s.exclusive):
-            publisher.settle(_QUIET_NS)
+    def _watch_siblings(self) -> None:
+        """Wake up to look after siblings when that is due."""
+        # The turn that the timer begins ends in a look.
+        if self._look_timer is not None:
+            self._look_timer.close()
+        self._look_timer = get_hub().loop.timer(max(self.until_look(), 0.001), ref=False)
+        self._look_timer.start(self._watch_siblings)
+
+    def _take(self, index: int, listener: Any) -> bool:
+        return self._servers[index].take_from(listener)
+
+    def _has_room(self) -> bool:
+        return self.alive and not any(server.full() for server in self._servers)
 
     def _drain(self, servers: list[_PublishingServer]) -> None:
         """Leave without losing a connection: stop being chosen, take the rest, finish."""
-        self.publisher.draining()
+        self.leave()
         for server in servers:
             if not server.exclusive:
                 server.close()
-        deadline = time.monotonic() + min(_HANDSHAKE_GRACE, self.cfg.graceful_timeout)
+        deadline = time.monotonic() + min(HANDSHAKE_GRACE, self.cfg.graceful_timeout)
         while self.publisher.queued and time.monotonic() < deadline:
             gevent.sleep(0.01)
         for server in servers:

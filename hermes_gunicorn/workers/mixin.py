@@ -1,11 +1,16 @@
-"""What every worker class has in common: a slot, and its life in the table."""
+"""What every worker class has in common: a slot, its life in the table, its siblings."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from time import monotonic, monotonic_ns
+from typing import TYPE_CHECKING, Any, Final
 
 from hermes_gunicorn import arbiter, settings
 from hermes_gunicorn.errors import HermesError
+from hermes_gunicorn.listener import waiting
+from hermes_gunicorn.rescue import Rescuer
+from hermes_gunicorn.scheduler import Scheduler
 from hermes_gunicorn.table import Publisher
 
 if TYPE_CHECKING:
@@ -15,11 +20,17 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-__all__ = ["HermesMixin"]
+__all__ = ["HANDSHAKE_GRACE", "HermesMixin"]
+
+HANDSHAKE_GRACE: Final = 1.0  # seconds: a connection sent here may still be on its way
+_QUIET_NS: Final = 3_000_000_000  # without a dispatch for so long, none is on its way
 
 
 class HermesMixin(_Base):  # type: ignore[misc]
     """Goes before a gunicorn worker class.
+
+    The class calls ``begin`` when it accepts, ``publisher`` at its events, ``leave`` when it
+    is told to stop; and it does not wait in poll for longer than ``until_look`` says.
 
     Attributes:
         assignment: the place the arbiter gave it; None if that failed.
@@ -28,6 +39,10 @@ class HermesMixin(_Base):  # type: ignore[misc]
 
     assignment: arbiter.Assignment | None = None
     publisher: Publisher
+    mind_ns = 1_000_000  # between looks at the siblings at the end of turns
+    _rescuer: Rescuer | None = None
+    _look_at = 0.0
+    _refreshed = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -75,7 +90,81 @@ class HermesMixin(_Base):  # type: ignore[misc]
         """Say whether to accept from ``sockets[index]`` now; it may change."""
         return self.assignment.serves(index) if self.assignment else True
 
+    def begin(
+        self, capacity: int, take: Callable[[int, Any], bool], room: Callable[[], bool]
+    ) -> None:
+        """Accept from now on, for oneself and for siblings in need.
+
+        Args:
+            capacity: how many requests can run at once.
+            take: accepts from a sibling's listener; gets the index in ``sockets`` of the
+                own listener for that address, and it. Returns whether there was one.
+            room: whether there is room for one more.
+        """
+        self._schedule = Scheduler(self.publisher.table)
+        self._rescuer = Rescuer(
+            self.publisher,
+            round(self.cfg.hermes_rescue_after * 1e9),
+            self.assignment.siblings() if self.assignment else {},
+            lambda index, listener: self.serves(index) and take(index, listener),
+            room,
+        )
+        self.publisher.at_turn(self._turned)
+        self.publisher.ready(capacity)
+
+    def until_look(self) -> float:
+        """Return for how many seconds the siblings need not be looked after."""
+        return max(self._look_at - monotonic(), 0.0) if self._rescuer else 1.0
+
+    def look(self) -> None:
+        """Help siblings in need."""
+        if self._rescuer is None:
+            return
+        try:
+            self._look_at = monotonic() + self._rescuer.look() / 1e9
+        except Exception:
+            self._rescuer = None
+            self.log.exception("hermes: no more rescue from this worker")
+
+    def leave(self) -> None:
+        """Be chosen no more; what was sent here already is still to be taken."""
+        self._rescuer = None
+        self.publisher.draining()
+        if self.assignment:
+            self.assignment.leave_siblings()
+
+    def _turned(self, woke_ns: int) -> int:
+        """At the end of a turn of the loop: what was lost meanwhile, who needs help."""
+        if self.publisher.lost and self.publisher.drifted:
+            self._tell(monotonic_ns() - woke_ns)
+            self.settle()
+        self.look()
+        return min(self._schedule(woke_ns), woke_ns + self.mind_ns)
+
+    def _tell(self, busy_ns: int) -> None:
+        lost = self.publisher.queued - self._waiting()
+        if lost > 0:
+            self.log.info(
+                "hermes: busy for %.3f s (slot %d); siblings took %d waiting connections over",
+                busy_ns / 1e9,
+                self.publisher.slot,
+                lost,
+            )
+
+    def _waiting(self) -> int:
+        own = zip(self.sockets, self.exclusive(), strict=True)
+        return sum(waiting(sock) for sock, exclusive in own if exclusive)
+
+    def settle(self) -> None:
+        """Write off connections that were sent here but never came."""
+        if self.publisher.drifted and not self._waiting():
+            self.publisher.settle(_QUIET_NS)
+
     def notify(self) -> None:
-        """Tell the arbiter that the loop turns, and mend the row; about once a second."""
+        """Tell the arbiter that the loop turns, and once a second mend the row."""
         super().notify()
-        self.publisher.refresh()
+        now = monotonic()
+        if now - self._refreshed >= 1:
+            self._refreshed = now
+            self.publisher.refresh()
+            self.settle()

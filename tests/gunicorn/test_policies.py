@@ -186,19 +186,18 @@ def test_clients_keep_to_their_locality_group(start):
 
 
 FEW_FILES = """
-import os, resource
-HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-def when_ready(server):
-    # Room for a temporary file for each worker, and nothing else.
-    last = [os.open(os.devnull, 0) for _ in range(30)][-1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (last + 3, HARD))
-def post_fork(server, worker):
-    resource.setrlimit(resource.RLIMIT_NOFILE, (HARD, HARD))
+import resource
+def on_starting(server):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 """
 
 
-def test_too_few_open_files_cost_a_worker_its_listener_not_the_service(start):
-    server = start(workers=2, conf=FEW_FILES)
-    assert server.lines("hermes: no listener for slot 2", "Allow more open files")
-    assert len(pids(server.address, 20)) == 2
+def test_too_few_open_files_cost_workers_their_listener_not_the_service(start):
+    server = start(workers=10, conf=FEW_FILES)
+    assert server.lines("hermes: cannot open listeners in advance", "Allow more open files")
+    for workers in range(11, 16):
+        server.signal(signal.SIGTTIN)
+        wait_for(lambda n=workers: len(server.worker_pids()) == n, "one worker more")
+    assert server.lines("hermes: no listener for slot", "Allow more open files")
+    assert len(pids(server.address, 100)) > 5
     assert not server.lines("Traceback")

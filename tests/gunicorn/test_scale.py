@@ -13,7 +13,10 @@ WORKERS = 130
 
 def test_130_workers_share_kept_alive_connections_evenly(launch):
     # On a few cores a worker may wait its turn for longer than the default threshold.
-    server = launch("--preload", "--hermes-hang-threshold", "2", workers=WORKERS)
+    server = launch(
+        *("--preload", "--hermes-hang-threshold", "2", "--hermes-rescue-after", "2"),
+        workers=WORKERS,
+    )
     server.wait_ready(seconds=60)
     with contextlib.ExitStack() as stack:
         counts: Counter[int] = Counter()

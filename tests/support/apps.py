@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 
@@ -61,7 +62,16 @@ def app(environ, start_response):
         memory = worker.publisher.table
         for words in (memory._rows, memory._groups, memory._control):
             words[:] = memoryview(os.urandom(words.nbytes)).cast("Q")
+    elif path == "/spin":
+        until = time.monotonic() + float(query)
+        while time.monotonic() < until:
+            pass
+    elif path == "/regex":
+        # Backtracks in C, with the GIL held: a second or so, twice that for one more.
+        re.match(r"(a+)+$", "a" * int(query) + "b")
     elif path == "/block":
+        with open(f"blocked-{os.getpid()}", "w"):
+            pass
         original_sleep()(float(query))
     elif path == "/sleep":
         time.sleep(float(query))
