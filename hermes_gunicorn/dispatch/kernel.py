@@ -190,9 +190,6 @@ class KernelDispatcher:
         own = self._shared.sock
         sibling = socket.socket(own.family, own.type)
         try:
-            # The other half is for gunicorn: without files it cannot fork workers, and ends.
-            if sibling.fileno() > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             sibling.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sibling.setsockopt(socket.SOL_SOCKET, _SO_REUSEPORT, 1)
             if own.family == socket.AF_INET6:
@@ -215,6 +212,10 @@ class KernelDispatcher:
         shared = self._shared
         listener = type(shared)(address, shared.conf, shared.log, fd=sibling.detach())
         listener.sock.set_inheritable(False)  # not across USR2's exec; forks have it anyway
+        if listener.fileno() > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
+            # The other half is for gunicorn, which ends when it cannot open a file.
+            listener.close()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return listener
 
     def open_slot(self, slot: int) -> BaseSocket:
