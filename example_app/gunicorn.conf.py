@@ -19,7 +19,7 @@ bind = ["127.0.0.1:8000"]
 # hermes_loader = "auto"
 
 # True: refuse to start where an address cannot be dispatched by the kernel (a Unix
-# socket, no CAP_BPF). False: serve it as the plain gevent worker does, with a warning.
+# socket, no CAP_BPF). False: serve it in shared mode.
 # hermes_strict = False
 
 # A worker whose loop has not turned for so many seconds gets no new connections until

@@ -12,6 +12,7 @@ run before the user's own, which are still called:
 from __future__ import annotations
 
 import functools
+import logging
 import signal
 import zlib
 from collections.abc import Callable
@@ -56,6 +57,8 @@ class Assignment:
     Attributes:
         slot: its row; None when the table is full.
         exclusive: for each of ``worker.sockets``, whether it is the slot's own.
+        contested: for each of them, whether connections come to it that any worker may
+            take, rather than in need only.
         binds: for each of ``worker.sockets``, what the table holds for its address.
     """
 
@@ -64,10 +67,12 @@ class Assignment:
         coordinator: Coordinator,
         slot: int | None,
         exclusive: list[bool],
+        contested: list[bool],
         binds: list[Bind],
     ) -> None:
         self.slot = slot
         self.exclusive = exclusive
+        self.contested = contested
         self.binds = binds
         self._coordinator = coordinator
 
@@ -116,7 +121,7 @@ class Coordinator:
 
     Attributes:
         table: the worker status table, the kernel's or an anonymous one.
-        dispatchers: by listener; a listener without one is shared as in stock gunicorn.
+        dispatchers: by listener; one without is in shared mode.
         binds: by listener, what the table holds for it.
     """
 
@@ -133,7 +138,11 @@ class Coordinator:
             SLOTS_PER_GROUP * server.cfg.hermes_groups,
         )
         rows = min(MAX_SLOTS, wanted)
+        # For good: what exists now cannot be changed by a reload.
+        self._mode: str = server.cfg.hermes_mode
         try:
+            if self._mode == "shared":
+                raise Unsupported("hermes_mode is shared", "set it to auto and start anew")
             self._kernel = KernelTable(server.cfg.hermes_loader, rows)
             self.table = self._kernel.table
         except Unsupported as error:
@@ -172,6 +181,9 @@ class Coordinator:
         for listener in self._listeners:
             if listener in self.dispatchers:
                 continue
+            if self._mode == "shared":
+                self._report_shared(listener)
+                continue
             try:
                 self.dispatchers[listener] = self._dispatcher(listener)
             except Unsupported as error:
@@ -179,13 +191,7 @@ class Coordinator:
                     raise StrictError(
                         f"no kernel dispatch on {listener}: {error} (hermes_strict is set)"
                     ) from error
-                self.server.log.warning(
-                    "hermes: no kernel dispatch on %s: %s; %s. Its connections are shared as by"
-                    " the plain gevent worker.",
-                    listener,
-                    error.reason,
-                    error.remedy,
-                )
+                self._report_shared(listener, error)
         self.binds = {listener: self._bind(listener) for listener in self._listeners}
         self._reserve()
         self._report()
@@ -251,6 +257,20 @@ class Coordinator:
             raise self._kernel
         return KernelDispatcher(listener, self._kernel)
 
+    def _report_shared(self, listener: BaseSocket, error: Unsupported | None = None) -> None:
+        reason = f"{error.reason}; {error.remedy}" if error else "hermes_mode is shared"
+        # Nobody needs to hear that for a Unix socket it is the best there is.
+        wanted = error and (self._mode == "kernel" or isinstance(listener, sock.TCPSocket))
+        self.server.log.log(
+            logging.WARNING if wanted else logging.INFO,
+            "hermes: shared mode on %s (policy %s, hang threshold %g s, %d workers): %s",
+            listener,
+            self.server.cfg.hermes_policy,
+            self.server.cfg.hermes_hang_threshold,
+            self.server.num_workers,
+            reason,
+        )
+
     def _report(self) -> None:
         if isinstance(self._kernel, Unsupported) or not self.dispatchers:
             return
@@ -300,6 +320,7 @@ class Coordinator:
             self,
             slot,
             exclusive=[True] * len(own) + [False] * len(shared),
+            contested=[False] * len(own) + [sock not in self.dispatchers for sock in shared],
             binds=[self.binds[listener] for listener in [*own, *shared]],
         )
 

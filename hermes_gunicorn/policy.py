@@ -50,10 +50,22 @@ from hermes_gunicorn.table import (
     SHARED_SLOT,
     SLOTS_PER_GROUP,
     WEIGHT,
+    Columns,
     Row,
 )
 
-__all__ = ["View", "candidates", "is_full", "is_hung", "locality", "rank", "rescue_at", "select"]
+__all__ = [
+    "View",
+    "better",
+    "candidates",
+    "is_full",
+    "is_hung",
+    "is_live",
+    "locality",
+    "rank",
+    "rescue_at",
+    "select",
+]
 
 # 63 requests of weight 2**20 // 63 are not quite 2**20.
 _FULL = WEIGHT - WEIGHT // 1024
@@ -164,6 +176,40 @@ def select(
     for i in live:
         bits |= 1 << i
     return bits
+
+
+def better(columns: Columns, slot: int, now_ns: int, threshold_ns: int) -> list[int]:
+    """List the workers that should have a connection rather than the one who sees it.
+
+    Args:
+        columns: of the table, slot 0 first.
+        slot: who sees it, and has room.
+        now_ns: CLOCK_MONOTONIC.
+        threshold_ns: as for ``is_hung``.
+
+    Returns:
+        The slots of live workers with less load, or as much and fewer connections.
+    """
+    own_load = columns.events[slot] * columns.weight[slot]
+    own_connections = columns.connections[slot]
+    lower = [
+        other
+        for other, (events, weight, connections) in enumerate(
+            zip(columns.events, columns.weight, columns.connections, strict=True)
+        )
+        if (load := events * weight) < own_load
+        or (load == own_load and connections < own_connections)
+    ]
+    return [other for other in lower if is_live(columns, other, now_ns, threshold_ns)]
+
+
+def is_live(columns: Columns, slot: int, now_ns: int, threshold_ns: int) -> bool:
+    """Tell whether a worker is ready and neither hung nor frozen."""
+    return (
+        columns.state[slot] == READY
+        and not columns.frozen_since_ns[slot]
+        and not is_hung(columns.busy_since_ns[slot], now_ns, threshold_ns)
+    )
 
 
 def locality(address: bytes, by: int, seed: int, localities: int) -> int:

@@ -28,6 +28,8 @@ _TARGET = "gunicorn.config"
 
 WORKERS = {
     "hermes": "hermes_gunicorn.workers.gevent.HermesGeventWorker",
+    "hermes_asgi": "hermes_gunicorn.workers.asgi.HermesASGIWorker",
+    "hermes_gevent_pywsgi": "hermes_gunicorn.workers.gevent_pywsgi.HermesGeventPyWSGIWorker",
     "hermes_gthread": "hermes_gunicorn.workers.gthread.HermesThreadWorker",
     "hermes_sync": "hermes_gunicorn.workers.sync.HermesSyncWorker",
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 from hermes_gunicorn import policy
-from hermes_gunicorn.table import CASCADE, READY, SLOTS_PER_GROUP, Table
+from hermes_gunicorn.table import CASCADE, SLOTS_PER_GROUP, Table
 
 __all__ = ["INTERVAL_NS", "Scheduler"]
 
@@ -51,10 +51,8 @@ class Scheduler:
             group = table.group(first, min(first + SLOTS_PER_GROUP, slots))
             live = [
                 i
-                for i, state in enumerate(group.state)
-                if state == READY
-                and not group.frozen_since_ns[i]
-                and not policy.is_hung(group.busy_since_ns[i], now_ns, threshold_ns)
+                for i in range(len(group.state))
+                if policy.is_live(group, i, now_ns, threshold_ns)
             ]
             table.select(
                 first // SLOTS_PER_GROUP,

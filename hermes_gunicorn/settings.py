@@ -23,6 +23,7 @@ from hermes_gunicorn.table import BY_DESTINATION, GROUP_BY, LEAST_LOADED, MAX_GR
 __all__ = ["SETTINGS", "bind_shares", "check", "ensure"]
 
 SECTION = "Hermes"
+MODES = ("auto", "kernel", "shared")
 
 
 def _validate_threshold(value: Any) -> float:
@@ -112,6 +113,24 @@ class HermesLoader(Setting):  # type: ignore[misc]
         """
 
 
+class HermesMode(Setting):  # type: ignore[misc]
+    name = "hermes_mode"
+    section = SECTION
+    cli = ("--hermes-mode",)
+    meta = "STRING"
+    validator = _one_of("hermes_mode", MODES)
+    default = "auto"
+    desc = """\
+        Who gives connections out: the kernel, or the workers among themselves.
+
+        ``kernel``: an eBPF program chooses the worker; TCP and CAP_BPF are needed,
+        and an address without is served in shared mode, with a warning.
+        ``shared``: one socket for all, and a worker leaves a connection to those
+        that have less to do; nothing is needed. ``auto``: for each address the
+        first that works. Read at the start only, not at a reload.
+        """
+
+
 class HermesStrict(Setting):  # type: ignore[misc]
     name = "hermes_strict"
     section = SECTION
@@ -123,8 +142,8 @@ class HermesStrict(Setting):  # type: ignore[misc]
         Refuse to start without kernel dispatch on every bind address.
 
         Looked at when the server starts; a reload goes on with a warning. Without
-        it, an address the kernel cannot dispatch (a Unix socket, no
-        CAP_BPF, an old kernel) is served as by the plain gevent worker, with a warning.
+        it, an address the kernel cannot dispatch (a Unix socket, no CAP_BPF, an
+        old kernel) is served in shared mode.
         """
 
 

@@ -276,6 +276,7 @@ class Columns(NamedTuple):
     busy_since_ns: list[int]
     frozen_since_ns: list[int]
     connections: list[int]
+    weight: list[int]
     events: list[int]  # requests in flight or queued
 
 
@@ -400,6 +401,7 @@ class Table:
             busy_since_ns=column(_BUSY_SINCE),
             frozen_since_ns=column(_FROZEN),
             connections=column(_CONNECTIONS),
+            weight=column(_WEIGHT),
             events=events,
         )
 

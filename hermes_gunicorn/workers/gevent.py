@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,21 +19,24 @@ from gevent.server import StreamServer
 from gunicorn.sock import ssl_context
 from gunicorn.workers import ggevent
 
+from hermes_gunicorn.dispatch.shared import PAUSE
 from hermes_gunicorn.table import Publisher
 from hermes_gunicorn.workers.mixin import HANDSHAKE_GRACE, HermesMixin
 
-__all__ = ["HermesGeventWorker"]
+__all__ = ["HermesGeventWorker", "PublishingServer"]
 
 _NOBODY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ECONNABORTED)
 _LAST, _FIRST = -2, 2  # libev's priorities
 
 
-class _PublishingServer(StreamServer):  # type: ignore[misc]
+class PublishingServer(StreamServer):  # type: ignore[misc]
     """Counts what it accepts and what it closes."""
 
+    worker: HermesGeventWorker
+    index: int  # in worker.sockets
     publisher: Publisher
     exclusive: bool
-    serves: Callable[[], bool]
+    _pause: Any = None
 
     def start_accepting(self) -> None:
         """Watch the listener, unless it is for other workers to serve."""
@@ -48,7 +50,25 @@ class _PublishingServer(StreamServer):  # type: ignore[misc]
         elif self.started and not self.full():
             self.start_accepting()
 
+    def serves(self) -> bool:
+        """Tell whether to watch the listener now."""
+        return self.worker.serves(self.index)
+
+    def _leave_to_others(self) -> None:
+        """Sleep until the pause is over."""
+        self.stop_accepting()
+        if self._pause is None:
+            self._pause = self.loop.timer(PAUSE, ref=False)
+        self._pause.start(self._resume)
+
+    def _resume(self) -> None:
+        if self.started and self.worker.until_served():
+            self._pause.start(self._resume)
+        self.follow()
+
     def do_read(self) -> Any:
+        if not (self.exclusive or self.worker.admits(self.index)):
+            return self._leave_to_others()
         connection = super().do_read()
         if connection:
             self.publisher.opened(self.exclusive)
@@ -115,7 +135,7 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
         before.start(self.publisher.polls)
         after.start(self.publisher.woke)
 
-    def _start_servers(self) -> list[_PublishingServer]:
+    def _start_servers(self) -> list[PublishingServer]:
         ssl_args = {"ssl_context": ssl_context(self.cfg)} if self.cfg.is_ssl else {}
         pools: dict[Any, Pool] = {}
         servers = []
@@ -124,17 +144,20 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
             # As in stock gunicorn worker_connections holds for each bind address,
             # of which the slot's own listener and the shared one are two ends.
             pool = pools.setdefault(sock.getsockname(), Pool(self.worker_connections))
-            server = _PublishingServer(
-                sock, handle=partial(self.handle, sock), spawn=pool, **ssl_args
-            )
+            server = self.new_server(sock, spawn=pool, **ssl_args)
+            server.worker = self
+            server.index = i
             server.publisher = self.publisher
             server.exclusive = exclusive
-            server.serves = partial(self.serves, i)
             if not exclusive and self.cfg.workers > 1:
                 server.max_accept = 1
             server.start()
             servers.append(server)
         return servers
+
+    def new_server(self, sock: Any, **options: Any) -> PublishingServer:
+        """Make the server of a listener, as gunicorn's worker does."""
+        return PublishingServer(sock, handle=partial(self.handle, sock), **options)
 
     def _watch_siblings(self) -> None:
         """Wake up to look after siblings when that is due."""
@@ -150,7 +173,7 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
     def _has_room(self) -> bool:
         return self.alive and not any(server.full() for server in self._servers)
 
-    def _drain(self, servers: list[_PublishingServer]) -> None:
+    def _drain(self, servers: list[PublishingServer]) -> None:
         """Leave without losing a connection: stop being chosen, take the rest, finish."""
         self.leave()
         for server in servers:
@@ -172,7 +195,7 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
         for server in servers:
             server.stop(timeout=1)
 
-    def _began(self) -> None:
+    def began(self) -> None:
         """Publish a request; a connection's first one was published when it was accepted."""
         greenlet = getcurrent()  # the one that handles this connection, and no other
         if getattr(greenlet, "hermes_served", False):
@@ -182,7 +205,7 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         """Count the request while it is in flight."""
-        self._began()
+        self.began()
         try:
             return super().handle_request(listener_name, req, sock, addr)
         finally:
@@ -190,7 +213,7 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
 
     def handle_http2_request(self, *args: Any, **kwargs: Any) -> Any:
         """Count the stream while it is in flight; one connection has many (gunicorn 25+)."""
-        self._began()
+        self.began()
         try:
             return super().handle_http2_request(*args, **kwargs)
         finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import selectors
 import time
+from functools import partial
 from typing import Any
 
 from gunicorn.workers import gthread
@@ -15,6 +16,9 @@ from gunicorn.workers import gthread
 from hermes_gunicorn.workers.mixin import HANDSHAKE_GRACE, HermesMixin
 
 __all__ = ["HermesThreadWorker"]
+
+
+_ROOM_CONTROL = hasattr(gthread.ThreadWorker, "set_accept_enabled")  # gunicorn 24+
 
 
 class _PublishingSelector(selectors.DefaultSelector):
@@ -25,11 +29,14 @@ class _PublishingSelector(selectors.DefaultSelector):
         self._worker = worker
 
     def select(self, timeout: float | None = None) -> Any:
-        publisher = self._worker.publisher
-        publisher.polls()
-        until_look = self._worker.until_look()
-        events = super().select(until_look if timeout is None else min(timeout, until_look))
-        publisher.woke()
+        worker = self._worker
+        worker.watch_listeners()
+        worker.publisher.polls()
+        longest = min(worker.until_look(), worker.until_served() or 1.0)
+        events = super().select(longest if timeout is None else min(timeout, longest))
+        worker.publisher.woke()
+        if not worker.alive:
+            worker.drain()
         return events
 
 
@@ -38,6 +45,7 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
 
     _connections = 0
     _leaving = False
+    _enabled = True
 
     @property
     def nr_conns(self) -> int:
@@ -54,9 +62,10 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         """Serve until told to stop."""
         self.poller.close()
         self.poller: Any = _PublishingSelector(self)
-        self._listening: set[int] = set()
         for sock in self.sockets:
             sock.setblocking(False)
+        # gunicorn 23 begins with all of them watched.
+        self._listening = set() if _ROOM_CONTROL else set(range(len(self.sockets)))
         self.begin(self.cfg.threads, self._accept_from, self._has_room)
         super().run()
 
@@ -64,30 +73,33 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         return self.publisher.requests < self.cfg.threads and self.alive
 
     def set_accept_enabled(self, enabled: bool) -> None:
-        """Watch the listeners while there is a thread for what comes (gunicorn 24+)."""
-        if not self.alive:
-            self._drain()
-        enabled = enabled and self._has_room()
+        """Watch the listeners, or not (gunicorn 24+)."""
+        self._accepting = self._enabled = enabled
+        self.watch_listeners()
+
+    def watch_listeners(self) -> None:
+        """Watch those which are to be served now, while there is a thread for what comes."""
+        enabled = self._enabled and self._has_room()
         for index, listener in enumerate(self.sockets):
             if (enabled and self.serves(index)) == (index in self._listening):
                 continue
-            if enabled:
-                self.poller.register(listener, selectors.EVENT_READ, self.accept)
-                self._listening.add(index)
-            else:
+            if index in self._listening:
                 self.poller.unregister(listener)
                 self._listening.discard(index)
-        self._accepting = enabled
+            else:
+                self.poller.register(listener, selectors.EVENT_READ, self._acceptor(listener))
+                self._listening.add(index)
+
+    def _acceptor(self, listener: Any) -> Any:
+        # gunicorn 23 passes the listener's name as well.
+        return self.accept if _ROOM_CONTROL else partial(self.accept, listener.getsockname())
 
     def accept(self, *arguments: Any) -> None:
         """Accept a connection, if there is a thread for it."""
-        # gunicorn 23 passes the listener's name first.
         listener = arguments[-1]
-        own = self.exclusive()[self.sockets.index(listener)]
-        if self._has_room() or not hasattr(gthread.ThreadWorker, "set_accept_enabled"):
-            self._count(arguments, own)
-        if not self._has_room() and hasattr(gthread.ThreadWorker, "set_accept_enabled"):
-            self.set_accept_enabled(False)
+        index = self.sockets.index(listener)
+        if self._has_room() and self.admits(index):
+            self._count(arguments, self.exclusive()[index])
 
     def _count(self, arguments: tuple[Any, ...], own: bool) -> bool:
         before = self.nr_conns
@@ -98,9 +110,7 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         return True
 
     def _accept_from(self, index: int, listener: Any) -> bool:
-        name = (
-            () if hasattr(gthread.ThreadWorker, "set_accept_enabled") else (listener.getsockname(),)
-        )
+        name = () if _ROOM_CONTROL else (listener.getsockname(),)
         return self._count((*name, listener), False)
 
     def enqueue_req(self, conn: Any) -> None:
@@ -113,12 +123,14 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         self.publisher.ended()
         super().finish_request(*arguments)
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
         """Leave without losing a connection."""
         if self._leaving:
             return
         self._leaving = True
         self.leave()
+        if not _ROOM_CONTROL:
+            return  # gunicorn 23 forgets what it accepts from here on; siblings will not
         own = [s for s, exclusive in zip(self.sockets, self.exclusive(), strict=True) if exclusive]
         deadline = time.monotonic() + min(HANDSHAKE_GRACE, self.cfg.graceful_timeout)
         while True:

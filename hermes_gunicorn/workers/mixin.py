@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import monotonic, monotonic_ns
 from typing import TYPE_CHECKING, Any, Final
 
 from hermes_gunicorn import arbiter, settings
+from hermes_gunicorn.dispatch.shared import Admission
 from hermes_gunicorn.errors import HermesError
 from hermes_gunicorn.listener import waiting
 from hermes_gunicorn.rescue import Rescuer
@@ -41,6 +42,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
     publisher: Publisher
     mind_ns = 1_000_000  # between looks at the siblings at the end of turns
     _rescuer: Rescuer | None = None
+    _admissions: Mapping[int, Admission] = {}
     _look_at = 0.0
     _refreshed = 0.0
 
@@ -87,8 +89,24 @@ class HermesMixin(_Base):  # type: ignore[misc]
         return self.assignment.exclusive if self.assignment else [False] * len(self.sockets)
 
     def serves(self, index: int) -> bool:
-        """Say whether to accept from ``sockets[index]`` now; it may change."""
-        return self.assignment.serves(index) if self.assignment else True
+        """Say whether to watch ``sockets[index]`` now; it may change."""
+        if self.assignment is None:
+            return True
+        admission = self._admissions.get(index)
+        return self.assignment.serves(index) and not (admission and admission.until())
+
+    def admits(self, index: int) -> bool:
+        """Say whether to accept what waits on ``sockets[index]``, or leave it to others.
+
+        Then ``serves`` denies it as well, until ``until_served`` is over.
+        """
+        admission = self._admissions.get(index)
+        return admission is None or admission.admits()
+
+    def until_served(self) -> float:
+        """Return in how many seconds to ask ``serves`` again; 0 is no such time."""
+        pauses = (admission.until() for admission in self._admissions.values())
+        return min(filter(None, pauses), default=0.0)
 
     def begin(
         self, capacity: int, take: Callable[[int, Any], bool], room: Callable[[], bool]
@@ -102,13 +120,21 @@ class HermesMixin(_Base):  # type: ignore[misc]
             room: whether there is room for one more.
         """
         self._schedule = Scheduler(self.publisher.table)
-        self._rescuer = Rescuer(
-            self.publisher,
-            round(self.cfg.hermes_rescue_after * 1e9),
-            self.assignment.siblings() if self.assignment else {},
-            lambda index, listener: self.serves(index) and take(index, listener),
-            room,
-        )
+        if self.assignment and self.assignment.slot is not None:
+            self._admissions = {
+                index: Admission(self.publisher, self.assignment.binds[index], self.sockets[index])
+                for index, contested in enumerate(self.assignment.contested)
+                if contested
+            }
+            siblings = self.assignment.siblings()
+            if siblings:
+                self._rescuer = Rescuer(
+                    self.publisher,
+                    round(self.cfg.hermes_rescue_after * 1e9),
+                    siblings,
+                    lambda index, listener: self.serves(index) and take(index, listener),
+                    room,
+                )
         self.publisher.at_turn(self._turned)
         self.publisher.ready(capacity)
 

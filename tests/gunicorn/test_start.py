@@ -138,7 +138,7 @@ def test_a_unix_socket_is_served_with_a_warning(launch, tmp_path):
     server.port = port
     server.wait_ready()
     (warning,) = server.lines("WARNING", "hermes:")
-    assert f"no kernel dispatch on unix:{path}" in warning
+    assert f"shared mode on unix:{path}" in warning
     assert "bind a TCP address" in warning
     assert server.lines("INFO", f"hermes: kernel dispatch on http://127.0.0.1:{port} (")
     for _ in range(10):

@@ -1,0 +1,307 @@
+"""What worker classes on an asyncio loop have in common, gunicorn's own and others'.
+
+They all have the loop serve gunicorn's sockets by ``create_server``, which accepts all
+that waits, and more than its share. Here the worker accepts, and hands connections to
+the loop one by one. Requests are counted around the ASGI application.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import inspect
+import socket
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, Final
+
+from hermes_gunicorn.dispatch.shared import PAUSE
+from hermes_gunicorn.table import Publisher
+from hermes_gunicorn.workers.mixin import HermesMixin
+
+__all__ = ["HermesAsyncioMixin"]
+
+_NOBODY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ECONNABORTED)
+_AT_A_TIME: Final = 16  # connections, before others have their turn of the loop
+_NO_FILES: Final = 1.0  # seconds to wait when no more can be opened, as asyncio does
+
+
+class _Connection(socket.socket):
+    """Tells when it is closed: asyncio closes the socket object, uvloop detaches it."""
+
+    worker: HermesAsyncioMixin | None = None
+    first_request: bool  # published, but it has not come yet
+
+    def _ended(self) -> None:
+        worker, self.worker = self.worker, None
+        if worker is not None:
+            if self.first_request:
+                worker.publisher.ended()
+            worker.closed()
+
+    def close(self) -> None:
+        self._ended()
+        super().close()
+
+    def detach(self) -> int:
+        self._ended()
+        return super().detach()
+
+
+_connection: ContextVar[_Connection | None] = ContextVar("hermes_connection", default=None)
+
+
+def _counting(publisher: Publisher, app: Any) -> Any:
+    """Count the application's requests while they are in flight."""
+    if not inspect.iscoroutinefunction(app) and not inspect.iscoroutinefunction(
+        getattr(app, "__call__", None)  # noqa: B004  (not whether it can be called)
+    ):
+        return app  # of some older interface
+
+    async def hermes(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            return await app(scope, receive, send)
+        connection = _connection.get()
+        if connection is not None and connection.first_request:
+            connection.first_request = False
+        else:
+            publisher.began()
+        try:
+            await app(scope, receive, send)
+        finally:
+            publisher.ended()
+
+    return hermes
+
+
+class _Server:
+    """Accepts from one of the worker's listeners; what ``create_server`` returns."""
+
+    def __init__(
+        self, worker: HermesAsyncioMixin, index: int, factory: Callable[[], Any], ssl: Any
+    ) -> None:
+        self._worker = worker
+        self._listener = worker.sockets[index].sock
+        self._index = index
+        self._own = worker.exclusive()[index]
+        self._contested = not self._own and worker.cfg.workers > 1
+        self._factory = factory
+        self._ssl = ssl
+        self._loop = asyncio.get_running_loop()
+        self._watching = False
+        self._closed = False
+        self.sockets = (self._listener,)
+
+    def follow(self) -> None:
+        """Watch the listener if it is to be served now."""
+        wanted = not self._closed and self._worker.has_room() and self._worker.serves(self._index)
+        if wanted and not self._watching:
+            self._loop.add_reader(self._listener.fileno(), self._on_readable)
+        elif self._watching and not wanted:
+            self._loop.remove_reader(self._listener.fileno())
+        self._watching = wanted
+
+    def _on_readable(self) -> None:
+        for _ in range(1 if self._contested else _AT_A_TIME):
+            if not self._worker.has_room() or not (self._own or self._worker.admits(self._index)):
+                break
+            if not self.take_from(self._listener, self._own):
+                return
+        self._resume()
+
+    def _resume(self) -> None:
+        self.follow()
+        if not self._watching and not self._closed and self._worker.until_served():
+            self._loop.call_later(PAUSE, self._resume)
+
+    def take_from(self, listener: Any, own: bool) -> bool:
+        """Accept a connection; return whether there was one."""
+        try:
+            fd, _ = listener._accept()
+        except OSError as error:
+            if error.errno in _NOBODY:
+                return False
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                raise
+            self._worker.log.error("hermes: cannot accept: %s", error.strerror)
+            if self._watching:
+                self._loop.remove_reader(self._listener.fileno())
+                self._watching = False
+                self._loop.call_later(_NO_FILES, self.follow)
+            return False
+        connection = _Connection(listener.family, listener.type, listener.proto, fileno=fd)
+        connection.setblocking(False)
+        connection.first_request = True
+        connection.worker = self._worker
+        self._worker.publisher.opened(own)
+        self._loop.create_task(self._serve(connection))
+        return True
+
+    async def _serve(self, connection: _Connection) -> None:
+        _connection.set(connection)  # for all tasks that serve it
+        try:
+            await self._loop.connect_accepted_socket(
+                self._factory, sock=connection, ssl=self._ssl
+            )
+        except OSError as error:  # the client is gone, or did not speak TLS
+            self._worker.log.debug("hermes: connection failed: %s", error)
+            connection.close()
+        except BaseException:
+            connection.close()
+            raise
+
+    def close(self) -> None:
+        """Take the last that waits, then stop."""
+        if self._closed:
+            return
+        self._worker.leave()
+        while self._own and self.take_from(self._listener, True):
+            pass
+        self._closed = True
+        self.follow()
+
+    def is_serving(self) -> bool:
+        return not self._closed
+
+    async def wait_closed(self) -> None:
+        """Nothing to wait for; the worker waits for its connections itself."""
+
+
+class HermesAsyncioMixin(HermesMixin):
+    """Goes before a worker class that serves ASGI on an asyncio loop.
+
+    The class has a coroutine ``_serve`` that calls the running loop's ``create_server`` for
+    each of ``sockets``, and its application in ``asgi`` or ``wsgi``. gunicorn's own does,
+    and so does ``uvicorn_worker.UvicornWorker``.
+    """
+
+    asgi: Any
+    wsgi: Any
+    _leaving = False
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._servers: dict[int, _Server] = {}
+        self._room = getattr(self, "worker_connections", self.cfg.worker_connections)
+        create_server = loop.create_server
+
+        async def create(factory: Any, *args: Any, **options: Any) -> Any:
+            index = self._index_of(options.get("sock"))
+            if index is None:
+                return await create_server(factory, *args, **options)
+            self._servers[index] = _Server(self, index, factory, options.get("ssl"))
+            if len(self._servers) == len(self.sockets):
+                self._start()
+            return self._servers[index]
+
+        loop.create_server = create  # type: ignore[method-assign]
+        name = "asgi" if hasattr(self, "asgi") else "wsgi"
+        setattr(self, name, _counting(self.publisher, getattr(self, name)))
+        _watch_poll(loop, self.publisher)
+        await super()._serve()
+
+    def _index_of(self, sock: Any) -> int | None:
+        if sock is not None and sock.fileno() >= 0:
+            for index, listener in enumerate(self.sockets):
+                if listener.fileno() == sock.fileno():
+                    return index
+        return None
+
+    def _start(self) -> None:
+        for sock in self.sockets:
+            sock.setblocking(False)
+        self.begin(self._room, self._take, self.has_room)
+        for server in self._servers.values():
+            server.follow()
+        self._watch_siblings()
+
+    def _take(self, index: int, listener: Any) -> bool:
+        return self._servers[index].take_from(listener.sock, False)
+
+    def has_room(self) -> bool:
+        """Tell whether one more connection may be accepted."""
+        return self.publisher.connections < self._room
+
+    def closed(self) -> None:
+        """A connection was closed."""
+        was_full = not self.has_room()
+        self.publisher.closed()
+        if was_full:
+            for server in self._servers.values():
+                server.follow()
+
+    def _watch_siblings(self) -> None:
+        """Wake up to look after siblings when that is due."""
+        if not self._leaving:
+            loop = asyncio.get_running_loop()
+            loop.call_later(max(self.until_look(), 0.001), self._watch_siblings)
+            # The turn of the loop that this makes ends in a look.
+            loop.call_soon(lambda: None)
+
+    def notify(self) -> None:
+        """Tell the arbiter that the loop turns, and follow changes in who serves what."""
+        super().notify()
+        for server in self._servers.values():
+            server.follow()
+
+    def leave(self) -> None:
+        """Be chosen no more."""
+        if not self._leaving:
+            self._leaving = True
+            super().leave()
+
+
+def _watch_poll(loop: Any, publisher: Publisher) -> None:
+    """Have both edges of poll published."""
+    selector = getattr(loop, "_selector", None)
+    if selector is not None:
+        poll = selector.select
+
+        def select(timeout: float | None = None) -> Any:
+            publisher.polls()
+            events = poll(timeout)
+            publisher.woke()
+            return events
+
+        selector.select = select
+    else:
+        _watch_calls(loop, publisher)
+
+
+def _watch_calls(loop: Any, publisher: Publisher) -> None:
+    """Do the same for a loop that does not show its poll: uvloop.
+
+    All that takes long there comes by ``call_soon``: the steps of tasks, and the waking
+    of those that wait. So the worker is busy from the first such call of a turn until
+    after a turn without one.
+    """
+    call_soon = loop.call_soon
+    busy = more = False
+
+    def start() -> None:
+        publisher.woke()
+
+    def end() -> None:
+        nonlocal busy, more
+        if more:
+            more = False
+            publisher.polls()
+            publisher.woke()
+            call_soon(end)
+        else:
+            busy = False
+            publisher.polls()
+
+    def call(callback: Any, *args: Any, context: Any = None) -> Any:
+        nonlocal busy, more
+        if busy:
+            more = True
+        else:
+            busy = True
+            call_soon(start)
+            handle = call_soon(callback, *args, context=context)
+            call_soon(end)
+            return handle
+        return call_soon(callback, *args, context=context)
+
+    loop.call_soon = call

@@ -1,0 +1,44 @@
+"""``hermes_gevent_pywsgi``: the gevent worker with gevent's own HTTP server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gunicorn.http.wsgi import base_environ
+from gunicorn.workers import ggevent
+
+from hermes_gunicorn.workers.gevent import HermesGeventWorker, PublishingServer
+
+__all__ = ["HermesGeventPyWSGIWorker"]
+
+
+class _Handler(ggevent.PyWSGIHandler):  # type: ignore[misc]
+    """Counts the requests of a connection while they are in flight."""
+
+    def handle_one_response(self) -> None:
+        self.server.worker.began()
+        try:
+            super().handle_one_response()
+        finally:
+            self.server.publisher.ended()
+
+
+class _Server(PublishingServer, ggevent.PyWSGIServer):  # type: ignore[misc]
+    """Both."""
+
+
+class HermesGeventPyWSGIWorker(HermesGeventWorker):
+    """gunicorn's gevent_pywsgi worker with a slot of its own."""
+
+    def new_server(self, sock: Any, **options: Any) -> PublishingServer:
+        """Make the server of a listener, as gunicorn's worker does."""
+        environ = base_environ(self.cfg)
+        environ |= {"wsgi.multithread": True, "SERVER_SOFTWARE": ggevent.VERSION}
+        return _Server(
+            sock,
+            application=self.wsgi,
+            log=self.log,
+            handler_class=_Handler,
+            environ=environ,
+            **options,
+        )
