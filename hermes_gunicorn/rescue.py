@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from hermes_gunicorn import policy
 from hermes_gunicorn.listener import waiting
-from hermes_gunicorn.table import READY, SHARED_SLOT, Publisher
+from hermes_gunicorn.table import SHARED_SLOT, Publisher
 
 __all__ = ["Rescuer"]
 
@@ -86,8 +86,13 @@ class Rescuer:
                 wanted = min(wanted, due)
                 continue
             wanted = min(wanted, now + tick)
-            idle = row.state == READY and not row.busy_since_ns and not policy.is_full(row)
-            if idle and not row.frozen_since_ns:
+            if due and policy.is_hung(row.busy_since_ns, now, self._table.hang_threshold_ns):
+                due = 0
+            # One that is merely busy may still be the best.
+            own = self._table.row(self._publisher.slot)
+            if due and row.busy_since_ns and policy.rank(own) >= policy.rank(row):
+                continue
+            if due and not row.busy_since_ns:
                 # It could take what waits, and does not. The accept queue is the proof:
                 # a handshake that does not complete is nothing that waits.
                 if not any(waiting(listener) for _, listener in self._siblings[slot]):

@@ -50,9 +50,7 @@ class Scheduler:
         for first in range(0, slots, SLOTS_PER_GROUP):
             group = table.group(first, min(first + SLOTS_PER_GROUP, slots))
             live = [
-                i
-                for i in range(len(group.state))
-                if policy.is_live(group, i, now_ns, threshold_ns)
+                i for i in range(len(group.state)) if policy.is_live(group, i, now_ns, threshold_ns)
             ]
             table.select(
                 first // SLOTS_PER_GROUP,

@@ -60,7 +60,8 @@ def _counting(publisher: Publisher, app: Any) -> Any:
 
     async def hermes(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
-            return await app(scope, receive, send)
+            await app(scope, receive, send)
+            return
         connection = _connection.get()
         if connection is not None and connection.first_request:
             connection.first_request = False
@@ -140,9 +141,7 @@ class _Server:
     async def _serve(self, connection: _Connection) -> None:
         _connection.set(connection)  # for all tasks that serve it
         try:
-            await self._loop.connect_accepted_socket(
-                self._factory, sock=connection, ssl=self._ssl
-            )
+            await self._loop.connect_accepted_socket(self._factory, sock=connection, ssl=self._ssl)
         except OSError as error:  # the client is gone, or did not speak TLS
             self._worker.log.debug("hermes: connection failed: %s", error)
             connection.close()
@@ -194,7 +193,7 @@ class HermesAsyncioMixin(HermesMixin):
                 self._start()
             return self._servers[index]
 
-        loop.create_server = create  # type: ignore[method-assign]
+        loop.create_server = create  # type: ignore[method-assign, assignment]
         name = "asgi" if hasattr(self, "asgi") else "wsgi"
         setattr(self, name, _counting(self.publisher, getattr(self, name)))
         _watch_poll(loop, self.publisher)
@@ -216,11 +215,11 @@ class HermesAsyncioMixin(HermesMixin):
         self._watch_siblings()
 
     def _take(self, index: int, listener: Any) -> bool:
-        return self._servers[index].take_from(listener.sock, False)
+        return self._servers[index].take_from(listener.sock, own=False)
 
     def has_room(self) -> bool:
         """Tell whether one more connection may be accepted."""
-        return self.publisher.connections < self._room
+        return bool(self.publisher.connections < self._room)
 
     def closed(self) -> None:
         """A connection was closed."""

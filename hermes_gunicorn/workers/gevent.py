@@ -67,6 +67,7 @@ class PublishingServer(StreamServer):  # type: ignore[misc]
         self.follow()
 
     def do_read(self) -> Any:
+        """Accept a connection, if this worker is to have it."""
         if not (self.exclusive or self.worker.admits(self.index)):
             return self._leave_to_others()
         connection = super().do_read()
@@ -92,6 +93,7 @@ class PublishingServer(StreamServer):  # type: ignore[misc]
         return True
 
     def do_close(self, *connection: Any) -> None:
+        """Close a connection, whose first request may never have come."""
         if not getattr(getcurrent(), "hermes_served", False):
             self.publisher.ended()
         self.publisher.closed()

@@ -16,7 +16,12 @@ class _Handler(ggevent.PyWSGIHandler):  # type: ignore[misc]
     """Counts the requests of a connection while they are in flight."""
 
     def handle_one_response(self) -> None:
-        self.server.worker.began()
+        worker = self.server.worker
+        worker.began()
+        worker.nr += 1
+        if worker.alive and worker.nr >= worker.max_requests:  # stock pywsgi has no such limit
+            worker.log.info("Autorestarting worker after current request.")
+            worker.alive = False
         try:
             super().handle_one_response()
         finally:

@@ -6,23 +6,10 @@ import os
 import subprocess
 
 import pytest
-from gunicorn_server import GUNICORN, Client, free_port
+from gunicorn_server import GUNICORN, Client, as_nobody, free_port
 
 NO_HOOK = {"HERMES_GUNICORN_HOOK": "0"}
 FORMS = ["hermes", "hermes_gunicorn.HermesWorker", "egg:hermes-gunicorn#hermes"]
-
-
-def as_nobody(*capabilities: str) -> list[str]:
-    """Return the command prefix that makes a server run as user nobody.
-
-    It may read any file, as nobody knows where this checkout lies, but has no other
-    capability than the given ones.
-    """
-    wanted = ",".join(["-all", "+dac_read_search", *capabilities])
-    return [
-        *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
-        *(f"--inh-caps={wanted}", f"--ambient-caps={wanted}"),
-    ]
 
 
 def one_line_error(server, *words: str) -> str:

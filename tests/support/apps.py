@@ -1,5 +1,6 @@
 """The application under test; copied beside gunicorn.conf.py, imported by both."""
 
+import asyncio
 import json
 import os
 import re
@@ -33,6 +34,7 @@ def table():
         "localities": publisher.table.localities,
         "eligible": publisher.table.eligible(),
         "selected": publisher.table.selected(),
+        "binds": [bind.counters() for bind in worker.assignment.binds],
         "rows": [vars(row) | {"queued": row.queued} for row in publisher.table.rows()],
     }
 
@@ -46,9 +48,14 @@ def upgrade(environ):
     return []
 
 
-def app(environ, start_response):
-    """Do what the path says."""
-    path, query = environ["PATH_INFO"], environ["QUERY_STRING"]
+def mark():
+    """Leave a file that says that this worker begins to block."""
+    with open(f"blocked-{os.getpid()}", "w"):
+        pass
+
+
+def answer(path, query):
+    """Do what the path says, if it needs no server interface."""
     status, body = "200 OK", str(os.getpid()).encode()
     if path == "/table":
         body = json.dumps(table()).encode()
@@ -63,25 +70,17 @@ def app(environ, start_response):
         for words in (memory._rows, memory._groups, memory._control):
             words[:] = memoryview(os.urandom(words.nbytes)).cast("Q")
     elif path == "/spin":
+        mark()
         until = time.monotonic() + float(query)
         while time.monotonic() < until:
             pass
     elif path == "/regex":
+        mark()
         # Backtracks in C, with the GIL held: a second or so, twice that for one more.
         re.match(r"(a+)+$", "a" * int(query) + "b")
     elif path == "/block":
-        with open(f"blocked-{os.getpid()}", "w"):
-            pass
+        mark()
         original_sleep()(float(query))
-    elif path == "/sleep":
-        time.sleep(float(query))
-    elif path == "/echo":
-        body = environ["wsgi.input"].read()
-    elif path == "/upgrade":
-        from gunicorn.workers.base_async import ALREADY_HANDLED
-
-        upgrade(environ)
-        return ALREADY_HANDLED
     elif path == "/error":
         raise RuntimeError("on purpose")
     elif path == "/fork":
@@ -90,10 +89,51 @@ def app(environ, start_response):
             time.sleep(0.05)  # turns the child's own loop
             os._exit(0)
         os.waitpid(pid, 0)
+    elif path == "/missing":
+        status = "404 Not Found"
+    return status, body
+
+
+def app(environ, start_response):
+    """Do what the path says."""
+    path, query = environ["PATH_INFO"], environ["QUERY_STRING"]
+    status, body = answer(path, query)
+    if path == "/sleep":
+        time.sleep(float(query))
+    elif path == "/echo":
+        body = environ["wsgi.input"].read()
+    elif path == "/upgrade":
+        from gunicorn.workers.base_async import ALREADY_HANDLED
+
+        upgrade(environ)
+        return ALREADY_HANDLED
     elif path == "/stream":
         start_response(status, [("Content-Type", "text/plain")])
         return (b"%d\n" % i for i in range(int(query)))
-    elif path == "/missing":
-        status = "404 Not Found"
     start_response(status, [("Content-Length", str(len(body)))])
     return [body]
+
+
+async def asgi(scope, receive, send):
+    """Do the same, and answer each message on a websocket with the process id."""
+    if scope["type"] == "lifespan":
+        while (message := await receive())["type"] != "lifespan.shutdown":
+            await send({"type": message["type"] + ".complete"})
+        await send({"type": "lifespan.shutdown.complete"})
+        return
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (await receive())["type"] != "websocket.disconnect":
+            await send({"type": "websocket.send", "text": str(os.getpid())})
+        return
+    path, query = scope["path"], scope["query_string"].decode()
+    status, body = answer(path, query)
+    if path == "/sleep":
+        await asyncio.sleep(float(query))
+    elif path == "/echo":
+        body = (await receive())["body"]
+    length = str(len(body)).encode()
+    start = {"type": "http.response.start", "status": int(status.split()[0])}
+    await send(start | {"headers": [(b"content-length", length)]})
+    await send({"type": "http.response.body", "body": body})

@@ -29,6 +29,7 @@ SINCE_BOOT = -1
 
 # Each byte of a drawn string picks one of each; the frequent ones are listed twice.
 _STATES = (READY, READY, READY, READY, READY, READY, 0, 1, 3, 4, 77)
+_FROZEN = (0, 0, 0, 0, 1, 1 << 63)
 _AGES = (None, None, None, 0, 5 * SECOND, 50 * SECOND, -5 * SECOND, SINCE_BOOT)
 _REQUESTS = (0, 0, 0, 1, 1, 2, 3, 50, (1 << 19) - 1, 1 << 19, (1 << 64) - 1)
 _CONNECTIONS = (0, 0, 1, 1, 2, 3, 300, (1 << 24) - 1, 1 << 24)
@@ -75,6 +76,7 @@ class Filling:
                 requests=_REQUESTS[b // 16 % len(_REQUESTS)],
                 connections=_CONNECTIONS[c % len(_CONNECTIONS)],
                 weight=WEIGHT // _CAPACITIES[c // 16 % len(_CAPACITIES)],
+                frozen_since_ns=_FROZEN[a // 16 % len(_FROZEN)],
                 dispatched=1000,
                 settled=1000 - _QUEUED[d % len(_QUEUED)],
             )
@@ -131,5 +133,6 @@ def fit(view: policy.View) -> set[int]:
         if row.slot != SHARED_SLOT
         and view.eligible & view.allowed & 1 << row.slot
         and row.state == READY
+        and not row.frozen_since_ns
         and not policy.is_hung(row.busy_since_ns, now, view.threshold_ns)
     }

@@ -7,7 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hermes_gunicorn import policy
-from hermes_gunicorn.table import BY_BIND, BY_CLIENT, BY_DESTINATION, READY, WEIGHT, Row
+from hermes_gunicorn.table import (
+    BOOTING,
+    BY_BIND,
+    BY_CLIENT,
+    BY_DESTINATION,
+    DEAD,
+    DRAINING,
+    FREE,
+    READY,
+    WEIGHT,
+    Columns,
+    Row,
+)
 
 NOW = 1000
 
@@ -109,3 +121,65 @@ def test_localities_are_spread_and_depend_on_the_seed_but_for_clients():
     assert other == groups
     binds = [policy.locality(b"", BY_BIND, seed, 4) for seed in range(200)]
     assert all(35 <= binds.count(group) <= 65 for group in range(4))
+
+
+AFTER, THRESHOLD = 5, 100
+
+
+@pytest.mark.parametrize(
+    ("words", "due"),
+    [
+        ({"busy_since_ns": 900}, 905),
+        ({"last_dispatch_ns": 850}, 950),  # in poll: it will turn to it, if it can
+        ({"last_dispatch_ns": 850, "frozen_since_ns": 960}, 0),
+        ({"busy_since_ns": 900, "requests": 1}, 0),  # full
+        ({"busy_since_ns": 900, "requests": 1, "weight": WEIGHT // 2}, 905),
+        ({"busy_since_ns": 900, "state": DRAINING}, 905),
+        ({"busy_since_ns": 900, "state": BOOTING}, 0),
+        ({"busy_since_ns": 900, "state": DEAD}, 0),
+        ({"last_dispatch_ns": 850, "state": FREE}, 0),
+    ],
+)
+def test_what_waits_is_rescued_at_once_unless_its_worker_may_turn_to_it(words, due):
+    assert policy.rescue_at(row(**words), AFTER, THRESHOLD) == due
+
+
+@pytest.mark.parametrize(
+    ("requests", "capacity", "full"), [(0, 1, 0), (1, 1, 1), (62, 63, 0), (63, 63, 1), (9, 4, 1)]
+)
+def test_full_is_as_many_requests_as_can_run(requests, capacity, full):
+    assert policy.is_full(row(requests=requests, weight=WEIGHT // capacity)) is bool(full)
+
+
+def test_63_of_63_requests_are_full_to_the_last_unit():
+    edge = WEIGHT - WEIGHT // 1024
+    assert policy.is_full(row(requests=1, weight=edge))
+    assert not policy.is_full(row(requests=1, weight=edge - 1))
+
+
+def columns(*rows: Row) -> Columns:
+    """What ``Table.group`` returns for these rows."""
+    return Columns(
+        *([getattr(row, name) for row in rows] for name in Columns._fields[:-1]),
+        events=[row.requests + row.queued for row in rows],
+    )
+
+
+def better(*rows: Row, slot: int = 0) -> list[int]:
+    """Return who should have a connection rather than the first."""
+    return policy.better(columns(*rows), slot, NOW, THRESHOLD)
+
+
+def test_a_connection_is_left_to_those_with_less_to_do_or_fewer_connections():
+    one = row(requests=1, connections=2)
+    assert better(one, row(connections=9), row(requests=1, connections=1)) == [1, 2]
+    assert better(one, one, row(requests=2), row(requests=1, connections=3)) == []
+    assert better(one, row(requests=1, connections=9, weight=WEIGHT // 2)) == [1]
+    assert better(row(), row(connections=1), row(requests=1)) == []
+
+
+def test_a_connection_is_not_left_to_those_who_cannot_take_it():
+    one = row(requests=1)
+    others = [row(state=DRAINING), row(frozen_since_ns=1), row(busy_since_ns=899), row(state=FREE)]
+    assert better(one, *others) == []
+    assert better(one, *others, row(busy_since_ns=900)) == [5]
