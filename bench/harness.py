@@ -88,7 +88,25 @@ class Server:
 
     def cpu_seconds(self) -> float:
         """Sum what arbiter and workers have used so far, user and system."""
-        return sum(sum(process.cpu_times()[:2]) for process in self.processes())
+        return sum(_on_cpu(process.pid) for process in self.processes())
+
+    def context_switches(self) -> int:
+        """Sum the context switches of all their threads so far."""
+        return sum(_switches(process.pid) for process in self.processes())
+
+
+def _on_cpu(pid: int) -> float:
+    # By the nanosecond; the usual times come in ticks of 10 ms.
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+def _switches(pid: int) -> int:
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found = re.findall(r"ctxt_switches:\s+(\d+)", (task / "status").read_text())
+        total += sum(map(int, found))
+    return total
 
 
 def free_port() -> int:
@@ -157,9 +175,9 @@ def _ready(server: Server, workers: int) -> bool:
 
 
 def _in_poll(process: psutil.Process) -> bool:
-    fds = Path(f"/proc/{process.pid}/fd").iterdir()
-    has_loop = any("eventpoll" in os.readlink(fd) for fd in fds)
-    return has_loop and process.status() == psutil.STATUS_SLEEPING
+    # epoll, or what sync workers use. A process that boots sleeps elsewhere, if at all.
+    where = Path(f"/proc/{process.pid}/wchan").read_text()
+    return "poll" in where or "select" in where
 
 
 @dataclass
