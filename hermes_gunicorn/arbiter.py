@@ -78,7 +78,11 @@ class Assignment:
 
     def serves(self, index: int) -> bool:
         """In the worker: whether to accept from ``worker.sockets[index]`` now."""
-        return self.exclusive[index] or self.binds[index].allows(self.slot or SHARED_SLOT)
+        return self.exclusive[index] or self.may_rescue(index)
+
+    def may_rescue(self, index: int) -> bool:
+        """In the worker: whether siblings' connections to that address are for it as well."""
+        return self.binds[index].allows(self.slot or SHARED_SLOT)
 
     def take_up(self) -> Publisher:
         """In the worker: drop what is the arbiter's and get the pen for the row."""

@@ -565,8 +565,9 @@ class Publisher:
 
     def closed(self) -> None:
         """A connection was closed."""
-        self.connections -= 1
-        self._words[_CONNECTIONS] = self.connections
+        if self.connections:  # a miscount is no reason for a worker to die
+            self.connections -= 1
+            self._words[_CONNECTIONS] = self.connections
 
     def began(self) -> None:
         """A further request on a connection is in flight."""
@@ -575,12 +576,13 @@ class Publisher:
 
     def ended(self) -> None:
         """A request is done, or the first one never came."""
-        self.requests -= 1
-        self._words[_REQUESTS] = self.requests
+        if self.requests:
+            self.requests -= 1
+            self._words[_REQUESTS] = self.requests
 
     def rescued(self) -> None:
         """A connection was taken from a sibling's listener."""
-        self._words[_RESCUED] += 1
+        self._words[_RESCUED] = (self._words[_RESCUED] + 1) & _MASK
 
     @property
     def lost(self) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from hermes_gunicorn.dispatch.shared import PAUSE
 from hermes_gunicorn.table import Publisher
-from hermes_gunicorn.workers.mixin import HermesMixin
+from hermes_gunicorn.workers.mixin import HANDSHAKE_GRACE, HermesMixin
 
 __all__ = ["HermesAsyncioMixin"]
 
@@ -91,6 +91,7 @@ class _Server:
         self._loop = asyncio.get_running_loop()
         self._watching = False
         self._closed = False
+        self._connecting = 0
         self.sockets = (self._listener,)
 
     def follow(self) -> None:
@@ -135,6 +136,7 @@ class _Server:
         connection.first_request = True
         connection.worker = self._worker
         self._worker.publisher.opened(own)
+        self._connecting += 1
         self._loop.create_task(self._serve(connection))
         return True
 
@@ -148,22 +150,34 @@ class _Server:
         except BaseException:
             connection.close()
             raise
+        finally:
+            self._connecting -= 1
 
     def close(self) -> None:
-        """Take the last that waits, then stop."""
-        if self._closed:
-            return
-        self._worker.leave()
-        while self._own and self.take_from(self._listener, True):
-            pass
-        self._closed = True
-        self.follow()
+        """Be chosen no more; ``wait_closed`` takes what was sent here until now."""
+        if not self._closed:
+            self._worker.leave()
+            self._closed = True
+            self.follow()
 
     def is_serving(self) -> bool:
         return not self._closed
 
     async def wait_closed(self) -> None:
-        """Nothing to wait for; the worker waits for its connections itself."""
+        """Take what is still on its way here; the worker waits for its connections itself.
+
+        Unless the listener is closed, as uvicorn does: then siblings take it.
+        """
+        deadline = self._loop.time() + HANDSHAKE_GRACE
+        while self._connecting or (self._own and self._is_awaited(deadline)):
+            await asyncio.sleep(0.01)
+
+    def _is_awaited(self, deadline: float) -> bool:
+        if self._listener.fileno() < 0:
+            return False
+        return self.take_from(self._listener, True) or (
+            self._worker.publisher.queued > 0 and self._loop.time() < deadline
+        )
 
 
 class HermesAsyncioMixin(HermesMixin):

@@ -6,8 +6,11 @@ its own where nobody else can get at it, what it has not can be taken by a sibli
 
 from __future__ import annotations
 
+import contextlib
 import selectors
+import socket
 import time
+from collections import deque
 from functools import partial
 from typing import Any
 
@@ -18,7 +21,9 @@ from hermes_gunicorn.workers.mixin import HANDSHAKE_GRACE, HermesMixin
 __all__ = ["HermesThreadWorker"]
 
 
-_ROOM_CONTROL = hasattr(gthread.ThreadWorker, "set_accept_enabled")  # gunicorn 24+
+# gunicorn 24 and later control themselves when they accept, and finish requests in
+# the main thread.
+_SINCE_24 = hasattr(gthread.ThreadWorker, "set_accept_enabled")
 
 
 class _PublishingSelector(selectors.DefaultSelector):
@@ -65,7 +70,12 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         for sock in self.sockets:
             sock.setblocking(False)
         # gunicorn 23 begins with all of them watched.
-        self._listening = set() if _ROOM_CONTROL else set(range(len(self.sockets)))
+        self._listening = set() if _SINCE_24 else set(range(len(self.sockets)))
+        if not _SINCE_24:
+            self._done: deque[Any] = deque()
+            self._wake, woken = socket.socketpair()
+            self._wake.setblocking(False)
+            self.poller.register(woken, selectors.EVENT_READ, self._finish)
         self.begin(self.cfg.threads, self._accept_from, self._has_room)
         super().run()
 
@@ -92,7 +102,7 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
 
     def _acceptor(self, listener: Any) -> Any:
         # gunicorn 23 passes the listener's name as well.
-        return self.accept if _ROOM_CONTROL else partial(self.accept, listener.getsockname())
+        return self.accept if _SINCE_24 else partial(self.accept, listener.getsockname())
 
     def accept(self, *arguments: Any) -> None:
         """Accept a connection, if there is a thread for it."""
@@ -110,7 +120,7 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         return True
 
     def _accept_from(self, index: int, listener: Any) -> bool:
-        name = () if _ROOM_CONTROL else (listener.getsockname(),)
+        name = () if _SINCE_24 else (listener.getsockname(),)
         return self._count((*name, listener), False)
 
     def enqueue_req(self, conn: Any) -> None:
@@ -120,8 +130,21 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
 
     def finish_request(self, *arguments: Any) -> None:
         """The request is done."""
+        if _SINCE_24 or self._leaving:
+            self._count_out(*arguments)
+        else:  # in one of the threads, which must not count
+            self._done.append(arguments)
+            with contextlib.suppress(BlockingIOError):  # there are wakes enough
+                self._wake.send(b"1")
+
+    def _count_out(self, *arguments: Any) -> None:
         self.publisher.ended()
         super().finish_request(*arguments)
+
+    def _finish(self, woken: socket.socket) -> None:
+        woken.recv(4096)
+        while self._done:
+            self._count_out(*self._done.popleft())
 
     def drain(self) -> None:
         """Leave without losing a connection."""
@@ -129,7 +152,7 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
             return
         self._leaving = True
         self.leave()
-        if not _ROOM_CONTROL:
+        if not _SINCE_24:
             return  # gunicorn 23 forgets what it accepts from here on; siblings will not
         own = [s for s, exclusive in zip(self.sockets, self.exclusive(), strict=True) if exclusive]
         deadline = time.monotonic() + min(HANDSHAKE_GRACE, self.cfg.graceful_timeout)

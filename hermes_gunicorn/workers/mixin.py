@@ -127,12 +127,13 @@ class HermesMixin(_Base):  # type: ignore[misc]
                 if contested
             }
             siblings = self.assignment.siblings()
+            allowed = self.assignment.may_rescue
             if siblings:
                 self._rescuer = Rescuer(
                     self.publisher,
                     round(self.cfg.hermes_rescue_after * 1e9),
                     siblings,
-                    lambda index, listener: self.serves(index) and take(index, listener),
+                    lambda index, listener: allowed(index) and take(index, listener),
                     room,
                 )
         self.publisher.at_turn(self._turned)

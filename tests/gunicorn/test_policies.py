@@ -84,16 +84,15 @@ def confined(start) -> tuple[Server, tuple[str, int]]:
     return server, ("127.0.0.1", b)
 
 
-def block_all(address: tuple[str, int], members: Iterable[int], seconds: float) -> list[Client]:
+def block_all(
+    server: Server, address: tuple[str, int], members: Iterable[int], seconds: float
+) -> list[Client]:
     """Send blocking requests until each of those workers is inside one, and some more."""
     clients = [Client(address) for _ in range(6)]
     for client in clients:
         client.send(f"/block?{seconds}")
-
-    def all_busy() -> bool:
-        return all(psutil.Process(pid).status() == psutil.STATUS_SLEEPING for pid in members)
-
-    wait_for(all_busy, "all of them to block")
+    for pid in members:
+        wait_for((server.folder / f"blocked-{pid}").exists, f"{pid} to block")
     return clients
 
 
@@ -102,12 +101,12 @@ def test_a_confined_address_cannot_hang_the_other_workers(confined):
     members = pids(other, 40)
     assert len(members) == 2
     assert len(pids(server.address, 40)) == 4
-    clients = block_all(other, members, 1.5)
+    clients = block_all(server, other, members, 1.5)
     try:
         # Nobody takes what waits there, and the rest of the server does not notice.
         free = server.worker_pids() - members
         wait_for(lambda: pids(server.address, 5) <= free, "both to count as hung")
-        assert pids(server.address, 60) == free
+        assert pids(server.address, 60) <= free
         for client in clients:
             assert int(client.receive()[1]) in members
     finally:

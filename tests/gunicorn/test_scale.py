@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 
-from gunicorn_server import under_load, wait_for
+from gunicorn_server import under_load
 
 WORKERS = 130
 
@@ -14,7 +13,7 @@ WORKERS = 130
 def test_130_workers_share_kept_alive_connections_evenly(launch):
     # On a few cores a worker may wait its turn for longer than the default threshold.
     server = launch(
-        *("--preload", "--hermes-hang-threshold", "2", "--hermes-rescue-after", "2"),
+        *("--preload", "--hermes-hang-threshold", "10", "--hermes-rescue-after", "10"),
         workers=WORKERS,
     )
     server.wait_ready(seconds=60)
@@ -33,5 +32,6 @@ def test_130_workers_share_kept_alive_connections_evenly(launch):
         assert set(counts.values()) <= {2, 3, 4}
         assert all(abs(by_group[g] - 3 * groups[g]) <= 13 for g in groups)
     with under_load(server) as failures:
-        wait_for(lambda: json.loads(server.get("/table"))["rows"][0]["dispatched"] >= 0, "answers")
+        for _ in range(100):
+            server.get("/slot")
     assert not failures
