@@ -60,11 +60,11 @@ QUESTIONS = {
         {"rate": 300, "path": "/hold/20", "seconds": 12},
     ),
     "block": Question(
-        {family: ((8, ("--threads", "4")),) for family in FAMILIES},
+        dict.fromkeys(FAMILIES, ((8, ("--threads", "4")),)),
         {"rate": 200, "path": "/", "other_path": "/hold/1000", "other_share": 0.01, "seconds": 13},
     ),
     "keep-alive": Question(
-        {family: ((8, ("--threads", "4")),) for family in ("gthread", "gevent", "asgi")},
+        dict.fromkeys(("gthread", "gevent", "asgi"), ((8, ("--threads", "4")),)),
         {"rate": 400, "path": "/hold/10", "connections": 256, "seconds": 10},
         # Four threads share what a worker has: it takes more to make one wait.
         {"gthread": {"path": "/hold/50", "rate": 450}},

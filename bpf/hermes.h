@@ -67,7 +67,8 @@ struct hermes_control {
 	__u64 theta; /* cascade: slack above the average, in thousandths of it */
 	__u64 localities; /* locality groups, 1: none; group g of 64 belongs to g % localities */
 	__u64 scheduled_ns; /* CLOCK_MONOTONIC of stage 1's last run; any worker */
-	__u64 reserved[2];
+	__u64 look_at_ns; /* CLOCK_MONOTONIC at which siblings' queues are to be looked at; any worker */
+	__u64 reserved;
 };
 
 /*

@@ -41,6 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from hermes_gunicorn.table import (
     BY_CLIENT,
@@ -55,6 +56,7 @@ from hermes_gunicorn.table import (
 )
 
 __all__ = [
+    "NEVER",
     "View",
     "better",
     "candidates",
@@ -66,6 +68,8 @@ __all__ = [
     "rescue_at",
     "select",
 ]
+
+NEVER: Final = 1 << 64  # later than any time
 
 # 63 requests of weight 2**20 // 63 are not quite 2**20.
 _FULL = WEIGHT - WEIGHT // 1024
@@ -117,10 +121,10 @@ def rescue_at(row: Row, rescue_after_ns: int, threshold_ns: int) -> int:
     Args:
         row: of a worker to which more connections were sent than it took.
         rescue_after_ns: how long it may be busy before they help.
-        threshold_ns: how long it may stay in poll although something waits.
+        threshold_ns: how long it may stay in poll although something waits; 0: for ever.
 
     Returns:
-        CLOCK_MONOTONIC; 0 is at once: nobody will take it, or the one who would has
+        CLOCK_MONOTONIC, or ``NEVER``; 0 is at once: nobody will take it, or the one who would has
         no room until a request is done.
     """
     if row.state not in (READY, DRAINING) or row.frozen_since_ns:
@@ -128,7 +132,7 @@ def rescue_at(row: Row, rescue_after_ns: int, threshold_ns: int) -> int:
     if is_full(row):
         return 0
     if not row.busy_since_ns:
-        return row.last_dispatch_ns + threshold_ns
+        return row.last_dispatch_ns + threshold_ns if threshold_ns else NEVER
     return row.busy_since_ns + rescue_after_ns
 
 

@@ -2,12 +2,14 @@
 
 Every worker holds every slot's listener, so any of them can accept what waits there;
 ``accept`` decides who gets it. A worker looks at the table when it is about to go idle,
-and on a timer of its own, and takes what waits for a sibling that hangs, is busy for
-too long, has no room, is frozen or gone (``policy.rescue_at``).
+and takes what waits for a sibling that hangs, is busy for too long, has no room, is
+frozen or gone (``policy.rescue_at``).
 
-The timers are slow while all is well: each worker has one, so they are spread, and the
-more workers there are the slower is each. They tick while somebody waits for help, and
-back off while nothing is dispatched.
+One look every 10 ms is enough for all, so they share a clock: whoever looks says in
+the table when that is to happen again. Busy workers pass here anyway; for the case that
+none does each has a timer, of a phase of its own, so that their turns are evenly spread
+and the more there are the fewer each has. It ticks fast while somebody waits for help,
+and the timers slow down while nothing is dispatched.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from hermes_gunicorn.table import SHARED_SLOT, Publisher
 __all__ = ["Rescuer"]
 
 _MS: Final = 1_000_000
-_TICK_NS: Final = _MS  # for all workers together, while somebody waits for help
-_LOOK_NS: Final = 10 * _MS  # for all together, else; the hang threshold if that is longer
-_LONGEST_NS: Final = 1000 * _MS
+_TICK_NS: Final = _MS  # between looks while somebody waits for help
+_LOOK_NS: Final = 10 * _MS  # between looks else
+_LONGEST_NS: Final = 1000 * _MS  # between one worker's looks
 _HANDSHAKE_NS: Final = 1000 * _MS  # what was sent to a worker may arrive so much later
 _AT_A_TIME: Final = 4  # so that those who look next have their share
 
@@ -58,48 +60,68 @@ class Rescuer:
         self._room = room
         self._quiet = 1  # grows while nothing happens
         self._sent = 0
+        self.next_ns = 0
 
-    def look(self) -> int:
-        """Take what waits on siblings that need help.
+    def look(self, always: bool) -> None:
+        """Take what waits on siblings that need help; say in ``next_ns`` when to come again.
 
-        Returns:
-            In how many nanoseconds to look again.
+        Args:
+            always: also if somebody else has just done so.
         """
-        queues = self._table.queues()
-        if not queues or not self._siblings:
-            return self._period()
-        self._quiet = 1
         now = monotonic_ns()
-        wanted = now + self._period()
-        tick = _TICK_NS * self._workers()
+        left = self._table.look_at_ns - now
+        # Further ahead than it is ever set is nonsense that somebody has scribbled there.
+        if not always and 0 < left <= _LOOK_NS:
+            if self.next_ns <= now:
+                self._plan(now)
+            return
+        queues = self._table.queues()
+        self._plan(now)
+        wanted = now + _LOOK_NS
         for slot in queues:
-            if slot in (SHARED_SLOT, self._publisher.slot) or slot not in self._siblings:
-                continue
-            row = self._table.row(slot)
-            # Emptied, and what was sent there has had the time to arrive.
-            if row.rescued_at_ns > row.last_dispatch_ns and (
-                now - row.last_dispatch_ns > _HANDSHAKE_NS
-            ):
-                continue
-            due = policy.rescue_at(row, self._rescue_after_ns, self._table.hang_threshold_ns)
-            if due > now:
-                wanted = min(wanted, due)
-                continue
-            wanted = min(wanted, now + tick)
-            if due and policy.is_hung(row.busy_since_ns, now, self._table.hang_threshold_ns):
-                due = 0
+            due = self._help_if_due(slot, now)
+            wanted = min(wanted, max(due, now + _TICK_NS))
+            if due <= now:  # each has its tick while help is needed
+                self.next_ns = min(self.next_ns, now + self._round(_TICK_NS))
+        self._table.look_at_ns = wanted
+
+    def _plan(self, now: int) -> None:
+        """Choose this worker's next turn: all have the same length, and follow each other."""
+        sent = self._table.sent()
+        self._quiet = 1 if sent != self._sent else min(2 * self._quiet, _LONGEST_NS // _LOOK_NS)
+        self._sent = sent
+        eligible = self._table.eligible()
+        length = self._round(_LOOK_NS * self._quiet)
+        before = (eligible & (1 << self._publisher.slot) - 1).bit_count()
+        phase = before * length // max(eligible.bit_count(), 1)
+        self.next_ns = now + length - (now - phase) % length
+
+    def _help_if_due(self, slot: int, now: int) -> int:
+        """Help the owner of a slot on which connections wait; return when to look again."""
+        if slot in (SHARED_SLOT, self._publisher.slot) or slot not in self._siblings:
+            return policy.NEVER
+        row = self._table.row(slot)
+        # Emptied, and what was sent there has had the time to arrive.
+        if row.rescued_at_ns > row.last_dispatch_ns and now - row.last_dispatch_ns > _HANDSHAKE_NS:
+            return policy.NEVER
+        threshold_ns = self._table.hang_threshold_ns
+        due = policy.rescue_at(row, self._rescue_after_ns, threshold_ns)
+        if due > now:
+            return due
+        if due and policy.is_hung(row.busy_since_ns, now, threshold_ns):
+            due = 0
+        if due and row.busy_since_ns:
             # One that is merely busy may still be the best.
-            own = self._table.row(self._publisher.slot)
-            if due and row.busy_since_ns and policy.rank(own) >= policy.rank(row):
-                continue
-            if due and not row.busy_since_ns:
-                # It could take what waits, and does not. The accept queue is the proof:
-                # a handshake that does not complete is nothing that waits.
-                if not any(waiting(listener) for _, listener in self._siblings[slot]):
-                    continue
-                self._table.mark_frozen(slot, now)
-            self._help(slot, now)
-        return max(wanted - now, _TICK_NS)
+            if policy.rank(self._table.row(self._publisher.slot)) >= policy.rank(row):
+                return now
+        elif due:
+            # It could take what waits, and does not. The accept queue is the proof: a
+            # handshake that does not complete is nothing that waits.
+            if not any(waiting(listener) for _, listener in self._siblings[slot]):
+                return now
+            self._table.mark_frozen(slot, now)
+        self._help(slot, now)
+        return now
 
     def _help(self, slot: int, now: int) -> None:
         taken = 0
@@ -110,12 +132,6 @@ class Rescuer:
         if taken < _AT_A_TIME and self._room():
             self._table.mark_rescued(slot, now)  # nothing is left there
 
-    def _workers(self) -> int:
-        return max(self._table.eligible().bit_count(), 1)
-
-    def _period(self) -> int:
-        sent = self._table.sent()
-        self._quiet = 1 if sent != self._sent else self._quiet * 2
-        self._sent = sent
-        base = max(_LOOK_NS, self._table.hang_threshold_ns) * self._workers()
-        return min(base * self._quiet, _LONGEST_NS)
+    def _round(self, pace: int) -> int:
+        """Return how long it takes at that pace until each worker had a turn."""
+        return min(pace * max(self._table.eligible().bit_count(), 1), _LONGEST_NS)

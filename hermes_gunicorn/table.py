@@ -110,7 +110,8 @@ CONTROL: Final = Struct(
         ("theta", 1),
         ("localities", 1),
         ("scheduled_ns", 1),
-        ("reserved", 2),
+        ("look_at_ns", 1),
+        ("reserved", 1),
     ),
 )
 GROUP: Final = Struct("hermes_group", (("eligible", 1), ("selected", 1)))
@@ -173,6 +174,7 @@ _POLICY: Final = CONTROL.index("policy")
 _THETA: Final = CONTROL.index("theta")
 _LOCALITIES: Final = CONTROL.index("localities")
 _SCHEDULED: Final = CONTROL.index("scheduled_ns")
+_LOOK_AT: Final = CONTROL.index("look_at_ns")
 _ELIGIBLE: Final = GROUP.index("eligible")
 _SELECTED: Final = GROUP.index("selected")
 _GROUP_BY: Final = BIND.index("group_by")
@@ -383,6 +385,15 @@ class Table:
     @scheduled_ns.setter
     def scheduled_ns(self, value: int) -> None:
         self._control[_SCHEDULED] = value
+
+    @property
+    def look_at_ns(self) -> int:
+        """When the workers' queues are to be looked at next, CLOCK_MONOTONIC."""
+        return self._control[_LOOK_AT]
+
+    @look_at_ns.setter
+    def look_at_ns(self, value: int) -> None:
+        self._control[_LOOK_AT] = value
 
     def group(self, first: int, last: int) -> Columns:
         """Read slots ``first`` to ``last - 1``, column by column: far faster than rows."""

@@ -246,10 +246,9 @@ class HermesAsyncioMixin(HermesMixin):
     def _watch_siblings(self) -> None:
         """Wake up to look after siblings when that is due."""
         if not self._leaving:
+            self.look()
             loop = asyncio.get_running_loop()
             loop.call_later(max(self.until_look(), 0.001), self._watch_siblings)
-            # The turn of the loop that this makes ends in a look.
-            loop.call_soon(lambda: None)
 
     def notify(self) -> None:
         """Tell the arbiter that the loop turns, and follow changes in who serves what."""

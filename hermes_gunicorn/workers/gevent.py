@@ -163,7 +163,7 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
 
     def _watch_siblings(self) -> None:
         """Wake up to look after siblings when that is due."""
-        # The turn that the timer begins ends in a look.
+        self.look()
         if self._look_timer is not None:
             self._look_timer.close()
         self._look_timer = get_hub().loop.timer(max(self.until_look(), 0.001), ref=False)

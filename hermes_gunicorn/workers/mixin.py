@@ -24,6 +24,7 @@ else:
 __all__ = ["HANDSHAKE_GRACE", "HermesMixin"]
 
 HANDSHAKE_GRACE: Final = 1.0  # seconds: a connection sent here may still be on its way
+_MIND_NS: Final = 1_000_000  # between ends of turns at which more than publishing is done
 _QUIET_NS: Final = 3_000_000_000  # without a dispatch for so long, none is on its way
 
 
@@ -40,10 +41,9 @@ class HermesMixin(_Base):  # type: ignore[misc]
 
     assignment: arbiter.Assignment | None = None
     publisher: Publisher
-    mind_ns = 1_000_000  # between looks at the siblings at the end of turns
+    looks_always = False  # at its siblings at the end of each turn, whoever else does
     _rescuer: Rescuer | None = None
     _admissions: Mapping[int, Admission] = {}
-    _look_at = 0.0
     _refreshed = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -141,14 +141,14 @@ class HermesMixin(_Base):  # type: ignore[misc]
 
     def until_look(self) -> float:
         """Return for how many seconds the siblings need not be looked after."""
-        return max(self._look_at - monotonic(), 0.0) if self._rescuer else 1.0
+        return max(self._rescuer.next_ns - monotonic_ns(), 0) / 1e9 if self._rescuer else 1.0
 
     def look(self) -> None:
         """Help siblings in need."""
         if self._rescuer is None:
             return
         try:
-            self._look_at = monotonic() + self._rescuer.look() / 1e9
+            self._rescuer.look(always=self.looks_always)
         except Exception:
             self._rescuer = None
             self.log.exception("hermes: no more rescue from this worker")
@@ -166,7 +166,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
             self._tell(monotonic_ns() - woke_ns)
             self.settle()
         self.look()
-        return min(self._schedule(woke_ns), woke_ns + self.mind_ns)
+        return 0 if self.looks_always else min(self._schedule(woke_ns), woke_ns + _MIND_NS)
 
     def _tell(self, busy_ns: int) -> None:
         lost = self.publisher.queued - self._waiting()

@@ -25,7 +25,7 @@ _NOBODY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ECONNABORTED)
 class HermesSyncWorker(HermesMixin, sync.SyncWorker):  # type: ignore[misc]
     """gunicorn's sync worker with a slot of its own."""
 
-    mind_ns = 0  # a request costs more than a look at the siblings
+    looks_always = True  # a request costs more than that
 
     def run(self) -> None:
         """Serve until told to stop, then take what was sent here. Follows ``SyncWorker.run``."""

@@ -97,8 +97,9 @@ def test_no_connection_waits_on_a_blocked_worker(start, loader, bpf_stats):
 
 def test_kept_alive_connections_are_spread_evenly(start, loader):
     """48 kept-alive connections over 8 workers: each has 6, one off allowed."""
-    # Other tests use the cores as well: those that wait for one are not to look hung.
-    server = start(*loader, "--hermes-hang-threshold", "1", workers=8)
+    # Other tests use the cores as well: who waits for one is not to look hung or to be helped.
+    flags = ("--hermes-hang-threshold", "1", "--hermes-rescue-after", "1")
+    server = start(*loader, *flags, workers=8)
     wait_for(lambda: quiet(server), "quiet")
     clients = [server.connect() for _ in range(48)]
     try:

@@ -6,7 +6,7 @@ import os
 import subprocess
 
 import pytest
-from gunicorn_server import GUNICORN, Client, as_nobody, free_port
+from gunicorn_server import GUNICORN, Client, as_nobody, free_port, under_load
 
 NO_HOOK = {"HERMES_GUNICORN_HOOK": "0"}
 FORMS = ["hermes", "hermes_gunicorn.HermesWorker", "egg:hermes-gunicorn#hermes"]
@@ -132,6 +132,37 @@ def test_a_unix_socket_is_served_in_shared_mode(launch, tmp_path):
         with Client(str(path)) as client:
             client.get("/pid")
         server.get("/pid")
+
+
+def test_an_abstract_unix_socket_is_served(launch, tmp_path):
+    name = f"\\0{tmp_path.name}-{os.getpid()}"
+    conf = f"""
+import socket
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("{name}")
+bind = f"fd://{{listener.fileno()}}"
+"""
+    server = launch(bind=[], conf=conf)
+    server.unix = "\0" + name[2:]
+    server.wait_ready()
+    with under_load(server) as failures:
+        assert {int(server.get("/pid")) for _ in range(100)} == server.worker_pids()
+    assert not failures
+
+
+def test_shared_mode_on_demand(start):
+    server = start("--hermes-mode", "shared")
+    assert server.lines("INFO", "hermes: shared mode on http://", "hermes_mode is shared")
+    assert not server.lines("WARNING", "hermes:")
+    assert not server.lines("kernel dispatch on")
+    assert all(row["dispatched"] == 0 for row in server.table()["rows"])
+
+
+def test_kernel_mode_warns_where_it_is_not_to_be_had(launch, tmp_path):
+    server = launch("--hermes-mode", "kernel", unix=True)
+    server.wait_ready()
+    (warning,) = server.lines("WARNING", "hermes: shared mode on unix:")
+    assert "bind a TCP address" in warning
 
 
 def test_strict_refuses_a_unix_socket_and_leaves_nothing(launch, tmp_path):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +19,7 @@ import psutil
 import pytest
 from gunicorn_server import Client, Server, as_nobody, under_load, wait_for
 from nginx import nginx
+from websockets.sync.client import connect as websocket
 
 CLASSES = {
     "hermes": "hermes",
@@ -257,6 +260,67 @@ def test_max_requests_under_load_loses_nothing(serve):
     with under_load(server, 200) as failures:
         wait_for(lambda: not before & server.worker_pids(), "all workers to be recycled", 30)
     assert not failures
+
+
+def only(*names: str) -> Any:
+    """Run a test for these classes only, and not behind nginx, which keeps connections."""
+    chosen = [c for c in configurations() if c.values[0][0] in names and "nginx" not in c.id]
+    return pytest.mark.parametrize("configuration", chosen, indirect=True)
+
+
+# Other tests use the cores as well: who waits for one is not to look hung or to be helped.
+UNHURRIED = ("--hermes-hang-threshold", "1", "--hermes-rescue-after", "1")
+
+
+def spread(connections: Counter[Any]) -> int:
+    """Return by how many the fullest of four workers exceeds the emptiest."""
+    return max(connections.values()) - (min(connections.values()) if len(connections) == 4 else 0)
+
+
+@only(*CLASSES.keys() - {"hermes_sync"})
+def test_kept_alive_connections_are_spread_evenly(serve):
+    server = serve(*UNHURRIED, "--keep-alive", "30", workers=4)
+    pids: Counter[Any] = Counter()
+    with contextlib.ExitStack() as stack:
+        for _ in range(32):
+            client = stack.enter_context(server.connect())
+            pids[client.get("/pid")] += 1
+            time.sleep(random.expovariate(50))
+    assert spread(pids) <= 2
+
+
+@only("asyncio", "uvloop")
+def test_websockets_are_spread_evenly(serve):
+    server = serve(*UNHURRIED, workers=4)
+    with contextlib.ExitStack() as stack:
+        sessions = []
+        for _ in range(32):
+            client = stack.enter_context(server.connect())
+            sessions.append(stack.enter_context(websocket("ws://localhost/", sock=client.sock)))
+        pids: Counter[Any] = Counter()
+        for session in sessions:
+            session.send("who")
+            pids[session.recv()] += 1
+        # Each is in flight for as long as it is open.
+        assert sum(row["requests"] for row in server.rows()) >= 32
+    assert spread(pids) <= 2
+
+
+@pytest.mark.skipif(HAS_ASGI, reason="this gunicorn has an ASGI worker")
+def test_without_gunicorns_asgi_worker_there_is_a_clear_message(launch):
+    server = launch(worker_class="hermes_asgi", app="apps:asgi")
+    assert server.wait_ended() != 0
+    (line,) = server.lines("hermes_asgi needs gunicorn 24 or later")
+    assert gunicorn.__version__ in line
+    assert not server.lines("Traceback")
+
+
+def test_no_worker_holds_the_kernels_objects(start):
+    """They are the arbiter's; what a worker has of the table is memory."""
+    server = start(workers=2)
+    for pid in server.worker_pids():
+        links = [fd.readlink() for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()]
+        assert not [link for link in links if "bpf" in str(link)]
 
 
 def test_an_idle_server_does_next_to_nothing(serve):

@@ -144,6 +144,10 @@ def test_what_waits_is_rescued_at_once_unless_its_worker_may_turn_to_it(words, d
     assert policy.rescue_at(row(**words), AFTER, THRESHOLD) == due
 
 
+def test_without_a_hang_threshold_nobody_is_frozen():
+    assert policy.rescue_at(row(last_dispatch_ns=850), AFTER, 0) == policy.NEVER
+
+
 @pytest.mark.parametrize(
     ("requests", "capacity", "full"), [(0, 1, 0), (1, 1, 1), (62, 63, 0), (63, 63, 1), (9, 4, 1)]
 )

@@ -1,0 +1,71 @@
+"""Uvicorn's worker with the mixin, by the line that docs/workers.md gives."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from gunicorn_server import as_nobody, under_load, wait_for
+
+DOCS = Path(__file__).parents[2] / "docs" / "workers.md"
+
+
+@pytest.fixture(params=["kernel", "shared"])
+def serve(request: pytest.FixtureRequest, launch):
+    """Start a server with the documented class."""
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+
+    def serve(**options):
+        if request.param == "shared":
+            options |= {"prefix": as_nobody(), "unix": True}
+        conf = f"{code}\nworker_class = HermesUvicornWorker\n"
+        server = launch(
+            *("--hermes-hang-threshold", "0.2"),
+            **(options | {"worker_class": None, "app": "apps:asgi", "conf": conf}),
+        )
+        return server.wait_ready()
+
+    return serve
+
+
+def test_kept_alive_connections_are_spread_evenly(serve):
+    server = serve(workers=4)
+    pids: Counter[bytes] = Counter()
+    with contextlib.ExitStack() as stack:
+        for _ in range(32):
+            client = stack.enter_context(server.connect())
+            pids[client.get("/pid")] += 1
+            time.sleep(random.expovariate(50))
+    assert len(pids) == 4
+    assert max(pids.values()) - min(pids.values()) <= 2
+    wait_for(
+        lambda: all(row["connections"] <= 1 for row in server.rows()), "the connections to close"
+    )
+
+
+def test_nothing_waits_for_a_worker_that_blocks(serve):
+    server = serve(workers=3)
+    with server.connect() as client:
+        client.send("/block?2")
+        wait_for(lambda: list(server.folder.glob("blocked-*")), "the block")
+        pids = {int(server.get("/pid")) for _ in range(40)}
+        blocked = int(client.receive()[1])
+    assert pids == server.worker_pids() - {blocked}
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTTIN])
+def test_signals_under_load_lose_nothing(serve, number: signal.Signals):
+    server = serve(workers=2)
+    with under_load(server) as failures:
+        old = server.worker_pids()
+        server.signal(number)
+        if number == signal.SIGHUP:
+            wait_for(lambda: not old & server.worker_pids(), "new workers", 30)
+        server.wait_ready(3 if number == signal.SIGTTIN else 2)
+    assert not failures
