@@ -14,6 +14,10 @@ bind = ["127.0.0.1:8000"]
 
 # --- What Hermes adds, with its defaults ---
 
+# Who gives connections out: "kernel", "shared" (the workers among themselves), or "auto"
+# (for each address the first that works). A Unix socket is always shared.
+# hermes_mode = "auto"
+
 # Where the kernel program comes from: "object" (prebuilt), "bcc" (compiled at start by
 # the system's BCC), or "auto" (the first that works).
 # hermes_loader = "auto"
@@ -25,3 +29,7 @@ bind = ["127.0.0.1:8000"]
 # A worker whose loop has not turned for so many seconds gets no new connections until
 # it does; 0 switches that off.
 # hermes_hang_threshold = 0.01
+
+# What waits for a worker that is busy for so many seconds is taken by others that have
+# less to do.
+# hermes_rescue_after = 0.005
