@@ -134,8 +134,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     samples = []
     for seed in range(arguments.rounds):
         for question in arguments.questions:
-            for family, setups in QUESTIONS[question].families.items():
-                for workers, extra in setups:
+            families = list(QUESTIONS[question].families.items())
+            for family, setups in families[:1] if arguments.smoke else families:
+                for workers, extra in setups[:1] if arguments.smoke else setups:
                     ways = list(WAYS)
                     chance.shuffle(ways)
                     for way in ways:
@@ -161,6 +162,8 @@ def cells(samples: list[dict[str, Any]], question: str) -> list[list[str]]:
                 for way in WAYS
             }
             for way in WAYS:
+                if not runs[way]:
+                    continue
                 cell = CELLS[question](runs[way], runs)
                 lines.append([family, str(workers), way, *cell])
     return lines

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from gunicorn import sock
 
-from hermes_gunicorn import settings
+from hermes_gunicorn import lifecycle, settings
 from hermes_gunicorn.dispatch.kernel import KernelDispatcher, KernelTable
 from hermes_gunicorn.errors import StrictError, Unsupported
 from hermes_gunicorn.listener import address_of
@@ -154,17 +154,10 @@ class Coordinator:
             self.table = Table.anonymous(rows)
         self.table.slots = 1
         self._slots = Slots(rows)
-        self._follow_setup()
-
-    def _follow_setup(self) -> None:
-        """Keep our hooks in the configurations that HUP brings, whatever their worker class."""
-        setup = self.server.setup
-
-        def setup_and_install(app: Any) -> None:
-            setup(app)
-            install(self.server.cfg)
-
-        self.server.setup = setup_and_install
+        # HUP may bring another worker class; our hooks stay.
+        lifecycle.after_setup(server, lambda: install(server.cfg))
+        lifecycle.keep_configuration(server)
+        lifecycle.after_failed_upgrade(server, self.take_back)
 
     def prepare(self, strict: bool = False) -> None:
         """Make the dispatchers fit the arbiter's listeners and settings.
@@ -349,6 +342,21 @@ class Coordinator:
         """Make way for the arbiter that is about to be executed."""
         for dispatcher in self.dispatchers.values():
             dispatcher.hand_over()
+
+    def take_back(self) -> None:
+        """Go on after all, as that arbiter has gone."""
+        for listener, dispatcher in self.dispatchers.items():
+            try:
+                dispatcher.take_back()
+            except Exception as error:
+                self.server.log.warning(
+                    "hermes: cannot take %s back: %s; its workers share one queue until the next"
+                    " start",
+                    listener,
+                    error,
+                )
+            else:
+                self.server.log.info("hermes: kernel dispatch on %s taken back", listener)
 
     def _waiting(self, slot: int) -> int:
         return sum(dispatcher.waiting(slot) for dispatcher in self.dispatchers.values())

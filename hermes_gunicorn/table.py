@@ -60,6 +60,14 @@ ALL_SLOTS: Final = (1 << MAX_SLOTS) - 1  # as a bitmap
 
 FREE, BOOTING, READY, DRAINING, DEAD = range(5)
 STATES: Final = ("free", "booting", "ready", "draining", "dead")
+# By the worker. The arbiter makes a free slot booting, and any state free, which
+# nobody but the owner's end may cause.
+TRANSITIONS: Final = {
+    BOOTING: {READY, DRAINING, DEAD},
+    READY: {DRAINING, DEAD},
+    DRAINING: {DEAD},
+    DEAD: set[int](),
+}
 LEAST_LOADED, CASCADE = range(2)
 POLICIES: Final = ("least_loaded", "cascade")
 BY_BIND, BY_DESTINATION, BY_CLIENT = range(3)
@@ -630,8 +638,7 @@ class Publisher:
     def ready(self, capacity: int) -> None:
         """Accept from now on; up to ``capacity`` requests at once."""
         self._capacity = min(max(capacity, 1), WEIGHT)
-        self._state = READY
-        self.refresh()
+        self._enter(READY)
 
     def refresh(self) -> None:
         """Publish anew all that stays as it is, should someone have scribbled over it."""
@@ -644,10 +651,14 @@ class Publisher:
 
     def draining(self) -> None:
         """Take no more; what was sent here already is still accepted."""
-        self._state = DRAINING
-        self.refresh()
+        self._enter(DRAINING)
 
     def dead(self) -> None:
         """The process is about to end."""
-        self._state = DEAD
+        self._enter(DEAD)
+
+    def _enter(self, state: int) -> None:
+        """Change to a state, unless that would be a step back: who drains stays so."""
+        if state in TRANSITIONS[self._state]:
+            self._state = state
         self.refresh()

@@ -17,6 +17,7 @@ import errno
 import os
 import resource
 import socket
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KernelDispatcher", "KernelTable"]
 
+_FREED_WITHIN = 100  # hundredths of a second
 _SO_REUSEPORT = getattr(socket, "SO_REUSEPORT", 15)
 _PRIVILEGE = (
     "run it with CAP_BPF (systemd: AmbientCapabilities=CAP_BPF; docker: --cap-add BPF;"
@@ -267,6 +269,27 @@ class KernelDispatcher:
         A socket can be in one array only.
         """
         self.close_slot(SHARED_SLOT)
+
+    def take_back(self) -> None:
+        """Put our program in the place of that of an arbiter which is gone.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        sock = self._shared.sock
+        syscall.attach_reuseport(sock, self.program_fd)
+        # The kernel frees the other's array, in which the shared listener still is, only
+        # after a grace period or two.
+        for _ in range(_FREED_WITHIN):
+            try:
+                self._array.update(SHARED_SLOT, sock.fileno())
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                time.sleep(0.01)
+            else:
+                return
+        self._array.update(SHARED_SLOT, sock.fileno())
 
     def close(self) -> None:
         """Give up the siblings, the program and the maps."""

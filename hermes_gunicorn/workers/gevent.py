@@ -104,6 +104,7 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
     """gunicorn's gevent worker with a slot of its own."""
 
     _look_timer: Any = None
+    _is_orphan = False
 
     def run(self) -> None:
         """Serve until told to stop, then drain. Follows ``GeventWorker.run``."""
@@ -196,6 +197,19 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
         self.log.warning("Worker graceful timeout (pid:%s)", self.pid)
         for server in servers:
             server.stop(timeout=1)
+
+    def notify(self) -> None:
+        """Tell the arbiter that the loop turns; if it is gone, leave as if told to.
+
+        gunicorn's worker exits there, with the requests it serves.
+        """
+        if self._is_orphan:
+            return
+        try:
+            super().notify()
+        except SystemExit:
+            self._is_orphan = True
+            self.alive = False
 
     def began(self) -> None:
         """Publish a request; a connection's first one was published when it was accepted."""

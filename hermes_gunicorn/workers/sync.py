@@ -42,7 +42,7 @@ class HermesSyncWorker(HermesMixin, sync.SyncWorker):  # type: ignore[misc]
             self._follow()
             self._serve(timeout)
             if not self.is_parent_alive():
-                return
+                break
         self._drain()
 
     def _follow(self) -> None:

@@ -1,0 +1,330 @@
+"""Restarts, crashes and upgrades in a random order under load: what gets lost.
+
+Every server gets the same sequence, drawn from a seed. A request counts as lost that was
+refused, reset, closed or not answered in 15 s. Those on connections that a worker held at the
+moment it was killed are counted apart: the worker is stopped first, its connections are
+listed, then it is killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import harness
+import psutil
+from classes import flags
+
+WORKERS = 4
+RATE, KEPT = 300, 64
+SETTLED_WITHIN = 40.0
+BREATH = 0.5  # seconds between events
+GUNICORN = Path(sys.executable).with_name("gunicorn")
+SERVERS = {
+    f"{family}, {way}": (family, way)
+    for family in ("gevent", "sync", "gthread", "asgi")
+    for way in ("kernel", "shared", "stock", "reuse-port")
+}
+EVENTS = {
+    "hup": 4,
+    "hup, workers": 2,
+    "hup, broken": 1,
+    "ttin": 2,
+    "ttou": 2,
+    "upgrade": 2,
+    "upgrade taken back": 2,
+    "upgrade killed": 1,
+    "kill": 4,
+    "stop": 3,
+    "block": 3,
+    "usr1": 1,
+}
+
+
+class Chaos:
+    """A server, and what can be done to it."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        family, self.way = SERVERS[name]
+        self.folder, self.port = folder, harness.free_port()
+        self.workers = WORKERS
+        self.killed: list[tuple[int, float]] = []  # client ports, when
+        self.pidfile = folder / "pid"
+        self.configure()
+        app = "app:asgi" if family == "asgi" else "app:wsgi"
+        command = [str(GUNICORN), *flags(family, self.way), "-c", str(folder / "conf.py")]
+        command += ["-b", f"127.0.0.1:{self.port}", "--chdir", str(harness.HERE)]
+        command += ["--pid", str(self.pidfile), "--threads", "4", "--keep-alive", "30"]
+        command += ["--max-requests", "3000", "--max-requests-jitter", "1000"]
+        self.log = (folder / "log").open("w+")
+        self.process = subprocess.Popen(
+            [*command, *harness.no_control_socket(), app],
+            stdout=self.log,
+            stderr=self.log,
+            start_new_session=True,
+        )
+        self.wait(lambda: self.pidfile.exists() and self.settled())
+
+    def configure(self, text: str = "") -> None:
+        """Write the configuration."""
+        (self.folder / "conf.py").write_text(text or f"workers = {self.workers}\n")
+
+    def master(self) -> psutil.Process:
+        """Return the arbiter in charge."""
+        return psutil.Process(int(self.pidfile.read_text()))
+
+    def pids(self) -> set[int]:
+        """Return its workers."""
+        with contextlib.suppress(psutil.Error, OSError, ValueError):
+            children = self.master().children()
+            # A new arbiter is a child as well, and has children.
+            return {child.pid for child in children if not child.children()}
+        return set()
+
+    def settled(self) -> bool:
+        """Whether there are as many workers as there are to be, and they are at work."""
+        pids = self.pids()
+        with contextlib.suppress(OSError):
+            return len(pids) == self.workers and all(
+                time.time() - psutil.Process(pid).create_time() > 0.3 for pid in pids
+            )
+        return False
+
+    def wait(self, condition: Callable[[], Any]) -> None:
+        """Wait for it."""
+        deadline = time.monotonic() + SETTLED_WITHIN
+        while True:
+            with contextlib.suppress(psutil.Error):
+                if condition():
+                    return
+            if time.monotonic() > deadline or self.process.poll() not in (None, 0):
+                raise TimeoutError
+            time.sleep(0.02)
+
+    def do(self, event: str, chance: random.Random) -> None:
+        """Do something to the server and wait until it has settled."""
+        master, pids = self.master(), sorted(self.pids())
+        kind, _, how = event.partition(", ")
+        if kind == "hup":
+            if how == "workers":
+                self.workers = chance.choice([2, 3, 5, 6])
+            self.configure("workers = 1 +" if how == "broken" else "")
+            master.send_signal(signal.SIGHUP)
+            if how == "broken":
+                time.sleep(1)
+                self.configure()
+            else:
+                self.wait(lambda: not self.pids() & set(pids))
+        elif kind in ("ttin", "ttou"):
+            wanted = self.workers + (1 if kind == "ttin" else -1)
+            if not 1 <= wanted <= 12:
+                return
+            self.workers = wanted
+            master.send_signal(signal.SIGTTIN if kind == "ttin" else signal.SIGTTOU)
+        elif kind.startswith("upgrade"):
+            self.upgrade(master, kind)
+        elif kind == "kill" and pids:
+            self.kill(psutil.Process(chance.choice(pids)))
+        elif kind == "stop" and pids:
+            victim = psutil.Process(chance.choice(pids))
+            victim.suspend()
+            time.sleep(1)
+            victim.resume()
+        elif kind == "block":
+            subprocess.Popen(
+                ["curl", "-s", "-o", os.devnull, f"http://127.0.0.1:{self.port}/hold/1500"]
+            )
+        elif kind == "usr1":
+            master.send_signal(signal.SIGUSR1)
+        self.wait(self.settled)
+
+    def upgrade(self, master: psutil.Process, kind: str) -> None:
+        """Start another arbiter with USR2, and leave one of the two."""
+        self.configure()
+        master.send_signal(signal.SIGUSR2)
+        other = Path(f"{self.pidfile}.2")
+        self.wait(other.exists)
+        new = psutil.Process(int(other.read_text()))
+        if kind == "upgrade killed":
+            time.sleep(0.3)
+            children = new.children()
+            new.kill()
+            self.wait(lambda: not any(child.is_running() for child in children))
+            other.unlink(missing_ok=True)
+            return
+        self.wait(lambda: len(new.children()) == self.workers)
+        time.sleep(1)
+        if kind == "upgrade":
+            master.send_signal(signal.SIGTERM)
+            self.wait(lambda: self.pidfile.exists() and self.master().pid == new.pid)
+        else:
+            new.send_signal(signal.SIGTERM)
+            self.wait(lambda: not new.is_running() or new.status() == psutil.STATUS_ZOMBIE)
+
+    def kill(self, victim: psutil.Process) -> None:
+        """Kill a worker, with a list of those who lose a request by it."""
+        victim.suspend()
+        held = [c.raddr.port for c in victim.net_connections("tcp") if c.raddr]
+        self.killed += [(port, time.monotonic()) for port in held]
+        victim.kill()
+        self.wait(lambda: victim.pid not in self.pids())
+
+    def end(self) -> None:
+        """End all."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGCONT)
+        with contextlib.suppress(psutil.Error, OSError, ValueError):
+            self.master().terminate()
+            self.master().wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def sequence(seed: int) -> Iterator[str]:
+    """Draw events for ever."""
+    chance = random.Random(seed)
+    while True:
+        yield chance.choices(list(EVENTS), list(EVENTS.values()))[0]
+
+
+def supported(event: str, way: str) -> bool:
+    """Whether gunicorn itself survives it: reuse-port cannot be upgraded."""
+    if way in ("kernel", "shared"):
+        return True
+    return event != "hup, broken" and not (way == "reuse-port" and event.startswith("upgrade"))
+
+
+def run(name: str, seconds: float, seed: int) -> dict[str, Any]:
+    """Put one server through it."""
+    with tempfile.TemporaryDirectory() as folder:
+        chaos = Chaos(name, Path(folder))
+        plan = {"port": chaos.port, "rate": RATE, "kept": KEPT, "seed": seed}
+        load = subprocess.Popen(
+            [sys.executable, str(harness.HERE / "chaos_load.py"), json.dumps(plan)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        done: collections.Counter[str] = collections.Counter()
+        chance, broke = random.Random(seed), ""
+        until = time.monotonic() + seconds
+        try:
+            for event in sequence(seed):
+                time.sleep(BREATH)
+                if time.monotonic() > until:
+                    break
+                if supported(event, chaos.way):
+                    chaos.do(event, chance)
+                    done[event] += 1
+        except (TimeoutError, psutil.Error, OSError) as error:
+            broke = f"{event}: {error!r}"
+        time.sleep(BREATH)
+        assert load.stdin
+        load.stdin.close()
+        load.stdin = None
+        outcome = json.loads(load.communicate()[0])
+        chaos.end()
+        chaos.log.seek(0)
+        log = chaos.log.read()
+    excused = [loss for loss in outcome["lost"] if _excused(loss, chaos.killed)]
+    lost = [loss for loss in outcome["lost"] if loss not in excused]
+    return {
+        "server": name,
+        "seed": seed,
+        "events": dict(done),
+        "answered": outcome["answered"],
+        "repeated": outcome["repeated"],
+        "inside_killed": len(excused),
+        "lost": dict(collections.Counter(how for how, _, _ in lost)),
+        "slowest": round(outcome["slowest"], 2),
+        "broke": broke,
+        "tracebacks": log.count("Traceback"),
+        "log": log if broke or (lost and chaos.way in ("kernel", "shared")) else "",
+    }
+
+
+def _excused(loss: list[Any], killed: list[tuple[int, float]]) -> bool:
+    _, port, when = loss
+    return any(port == other and 0 <= when - at < 5 for other, at in killed)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Make the Markdown from the result."""
+    rows = []
+    for run in result["runs"]:
+        lost = run["lost"]
+        rows.append(
+            [
+                run["server"],
+                str(sum(run["events"].values())),
+                str(run["answered"]),
+                *(str(lost.get(how, 0)) for how in ("refused", "reset", "closed", "unanswered")),
+                str(run["inside_killed"]),
+                str(run["repeated"]),
+                f"{run['slowest']:.1f}",
+                run["broke"] or "-",
+            ]
+        )
+    header = ["", "events", "answered", "refused", "reset", "closed", "unanswered"]
+    header += ["in killed workers", "repeated", "slowest s", "gave up at"]
+    return (
+        "# Chaos\n\n"
+        f"`python bench/chaos.py --seconds {result['seconds']:g}`. {harness.describe(result)}\n\n"
+        f"{result['parallel']} servers at a time, each with {WORKERS} workers, {RATE} new"
+        f" connections/s and {KEPT} kept-alive clients. Events of a random"
+        f" sequence: {', '.join(EVENTS)}; and `max_requests` all the time. Stock gunicorn exits at"
+        " a reload with a broken configuration, and `--reuse-port` at an upgrade, so they are"
+        " spared those. A request is lost if it was refused, reset, closed without an answer"
+        " or not answered in 15 s. Not counted as lost: those on connections that a killed worker"
+        " held; and what kept-alive clients may repeat.\n\n" + harness.markdown_table(header, rows)
+    )
+
+
+def main() -> None:
+    """Run and write the result; fail if one of ours loses something."""
+    parser = harness.parser(__doc__.splitlines()[0], "chaos")
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--parallel", type=int, default=1, help="servers at a time")
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
+    arguments: argparse.Namespace = parser.parse_args()
+    if arguments.smoke:
+        arguments.seconds, arguments.servers = 25.0, ["gevent, kernel", "gthread, shared"]
+        arguments.parallel = 2
+    runs = []
+    with ThreadPoolExecutor(arguments.parallel) as pool:
+        for one in pool.map(
+            lambda name: run(name, arguments.seconds, arguments.seed), arguments.servers
+        ):
+            runs.append(one)
+            shown = {key: value for key, value in one.items() if key != "log"}
+            print(json.dumps(shown), flush=True)
+    result = {
+        "machine": harness.machine(),
+        "seconds": arguments.seconds,
+        "parallel": arguments.parallel,
+        "runs": runs,
+    }
+    harness.write(arguments.output, result, table(result))
+    for one in runs:
+        if one["log"]:
+            print(one["log"], file=sys.stderr)
+    ours = [one for one in runs if SERVERS[one["server"]][1] in ("kernel", "shared")]
+    if any(one["lost"] or one["broke"] for one in ours):
+        raise SystemExit("something was lost")
+
+
+if __name__ == "__main__":
+    main()

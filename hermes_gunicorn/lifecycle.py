@@ -1,0 +1,80 @@
+"""What gunicorn's arbiter has no hook for, by wrapping methods of the one instance.
+
+Each wrapper calls the method it replaces and adds one thing. They go where the arbiter
+goes: a worker never runs them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gunicorn.arbiter import Arbiter
+
+__all__ = ["after_failed_upgrade", "after_setup", "keep_configuration"]
+
+
+class _Rejected(Exception):
+    """A configuration that cannot be used."""
+
+
+def after_setup(server: Arbiter, call: Callable[[], None]) -> None:
+    """Have something called whenever the arbiter has taken over a configuration."""
+    setup = server.setup
+
+    def setup_and_call(app: Any) -> None:
+        setup(app)
+        call()
+
+    server.setup = setup_and_call
+
+
+def keep_configuration(server: Arbiter) -> None:
+    """At a reload (HUP) with a configuration that cannot be loaded, go on with the old one.
+
+    gunicorn would exit, and with it all workers.
+    """
+    reload, load = server.reload, server.app.reload
+
+    def load_or_reject() -> None:
+        old = server.app.cfg
+        try:
+            load()
+            # Both are imported when they are asked for.
+            _ = server.app.cfg.worker_class, server.app.cfg.logger_class
+        except SystemExit as error:  # gunicorn has printed why
+            server.app.cfg = old
+            raise _Rejected("see above") from error
+        except Exception as error:
+            server.app.cfg = old
+            raise _Rejected(str(error)) from error
+
+    def reload_if_accepted() -> None:
+        try:
+            reload()
+        except _Rejected as error:
+            os.environ.update(server.cfg.env)  # which a reload begins by taking back
+            server.log.error(
+                "hermes: the new configuration cannot be loaded (%s); all goes on with the old one",
+                error,
+            )
+
+    server.app.reload = load_or_reject
+    server.reload = reload_if_accepted
+
+
+def after_failed_upgrade(server: Arbiter, call: Callable[[], None]) -> None:
+    """Have something called when an arbiter that USR2 has started is gone."""
+    reap_workers = server.reap_workers
+
+    def reap_and_look() -> None:
+        was_there = server.reexec_pid
+        try:
+            reap_workers()
+        finally:
+            if was_there and not server.reexec_pid:
+                call()
+
+    server.reap_workers = reap_and_look

@@ -1,0 +1,179 @@
+"""What must not end or hurt a server: bad reloads, failed upgrades, deaths at bad moments."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from gunicorn_server import GONE_WITHIN, as_nobody, free_port, under_load, wait_for
+
+FIRST_LINES = "from apps import post_worker_init\nworker_class = 'hermes'\n"
+BROKEN = {
+    "syntax": "workers = = 2",
+    "value": "workers = 'many'",
+    "ours": "hermes_hang_threshold = -1",
+    "class": "worker_class = 'no.such.Worker'",
+    "import": "import no_such_module",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+def test_a_reload_with_a_broken_configuration_changes_nothing(start, text):
+    server = start(conf="worker_class = 'hermes'\n", worker_class=None)
+    old = server.worker_pids()
+    conf = server.folder / "gunicorn.conf.py"
+    with under_load(server) as failures:
+        conf.write_text(FIRST_LINES + text + "\n")
+        server.signal(signal.SIGHUP)
+        wait_for(lambda: server.lines("ERROR", "the new configuration cannot be loaded"), "a word")
+        assert server.worker_pids() == old
+        # And once it is mended all is as ever.
+        conf.write_text(FIRST_LINES + "keepalive = 3\n")
+        server.signal(signal.SIGHUP)
+        wait_for(lambda: not old & server.worker_pids(), "the old workers' end")
+        server.wait_ready()
+    assert failures == []
+
+
+def new_master(server, pidfile: Path) -> psutil.Process:
+    """Start another arbiter with USR2 and wait for its workers."""
+    server.signal(signal.SIGUSR2)
+    path = Path(f"{pidfile}.2")
+    wait_for(lambda: path.exists() and path.read_text().strip(), "the new pid file")
+    master = psutil.Process(int(path.read_text()))
+    wait_for(lambda: len(master.children()) == 2, "the new workers")
+    return master
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT, signal.SIGKILL])
+def test_after_an_upgrade_that_fails_the_kernel_dispatches_to_the_old_workers(
+    start, tmp_path, number
+):
+    pidfile = tmp_path / "pid"
+    server = start("--pid", str(pidfile))
+    old = server.worker_pids()
+    with under_load(server) as failures:
+        for _ in range(2):
+            master = new_master(server, pidfile)
+            children = master.children()
+            count = len(server.lines("taken back"))
+            master.send_signal(number)
+            wait_for(lambda n=count: len(server.lines("taken back")) > n, "a word", GONE_WITHIN)
+            wait_for(lambda c=children: not any(p.is_running() for p in c), "their end")
+            Path(f"{pidfile}.2").unlink(missing_ok=True)
+    # QUIT ends requests, in our workers as in gunicorn's.
+    assert failures == [] or number == signal.SIGQUIT
+
+    def by_slot() -> list[int]:
+        return [row["dispatched"] for row in server.table()["rows"]]
+
+    before = by_slot()
+    pids = {int(server.get("/pid")) for _ in range(40)}
+    after = by_slot()
+    assert pids == old
+    assert sum(after[1:]) - sum(before[1:]) == 41
+    assert after[0] == before[0]
+
+
+def test_a_worker_that_is_killed_while_it_boots_costs_nothing(start):
+    server = start(conf="def post_fork(server, worker):\n    import time; time.sleep(0.3)\n")
+    with under_load(server) as failures:
+        for _ in range(3):
+            known = server.worker_pids()
+            server.signal(signal.SIGTTIN)
+            (young,) = wait_for(lambda k=known: server.worker_pids() - k, "a new worker")
+            psutil.Process(young).kill()
+            wait_for(lambda y=young: y not in server.worker_pids(), "its end")
+            server.signal(signal.SIGTTOU)
+            server.wait_ready(2)
+    assert failures == []
+
+
+def test_a_worker_that_fails_to_boot_ends_the_server_as_ever(launch):
+    conf = "def post_worker_init(worker):\n    raise RuntimeError('no')\n"
+    server = launch(conf=conf)
+    assert server.wait_ended() == 3
+    assert server.lines("Worker failed to boot")
+
+
+ACTIVATE = """
+import os, socket, sys
+sock = socket.socket()
+sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+sock.bind(("127.0.0.1", int(sys.argv[1])))
+sock.listen()
+os.dup2(sock.fileno(), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def activated(port: int) -> list[str]:
+    """Return a prefix that opens the socket and hands it over, as systemd does."""
+    return [sys.executable, "-c", ACTIVATE, str(port)]
+
+
+def test_a_socket_of_systemd_is_dispatched_to(launch):
+    port = free_port()
+    server = launch(prefix=activated(port), port=port, bind=[]).wait_ready()
+    assert server.lines("hermes: kernel dispatch on", str(port))
+    with under_load(server) as failures:
+        old = server.worker_pids()
+        server.signal(signal.SIGHUP)
+        wait_for(lambda: not old & server.worker_pids(), "new workers")
+        server.wait_ready()
+    assert failures == []
+
+
+def test_a_socket_of_another_user_is_served_in_shared_mode(launch):
+    port = free_port()
+    prefix = [*activated(port), *as_nobody("+bpf")]
+    server = launch(prefix=prefix, port=port, bind=[]).wait_ready()
+    (warning,) = server.lines("WARNING", "hermes: shared mode on")
+    assert "must belong to the user that runs gunicorn" in warning
+    with under_load(server) as failures:
+        assert {int(server.get("/pid")) for _ in range(60)} == server.worker_pids()
+    assert failures == []
+
+
+def test_a_listener_given_by_number_is_dispatched_to(launch):
+    port = free_port()
+    conf = f"""
+import socket
+listener = socket.create_server(("127.0.0.1", {port}))
+bind = f"fd://{{listener.fileno()}}"
+"""
+    server = launch(bind=[], conf=conf, port=port).wait_ready()
+    assert server.lines("hermes: kernel dispatch on", str(port))
+
+
+def test_many_lives_leave_nothing_open(start):
+    server = start("--max-requests", "4", workers=3)
+    arbiter = psutil.Process(server.process.pid)
+
+    def life(reload: bool) -> None:
+        old = server.worker_pids()
+        if reload:
+            server.signal(signal.SIGHUP)
+            wait_for(lambda: not old & server.worker_pids(), "new workers")
+        else:
+            while old & server.worker_pids() == old:
+                with contextlib.suppress(OSError, ConnectionError):
+                    server.get("/pid")
+        server.wait_ready()
+
+    life(reload=True)
+    before, lives = arbiter.num_fds(), 0
+    for turn in range(24):
+        known = server.worker_pids()
+        life(reload=turn % 6 == 0)
+        lives += len(server.worker_pids() - known)
+    assert lives > 24
+    wait_for(lambda: arbiter.num_fds() <= before, "the arbiter's files to be closed")
+    bpf = [os.readlink(fd) for fd in Path(f"/proc/{arbiter.pid}/fd").iterdir()]
+    assert sum("bpf" in link for link in bpf) <= 8
