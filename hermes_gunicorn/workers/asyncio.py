@@ -143,7 +143,9 @@ class _Server:
     async def _serve(self, connection: _Connection) -> None:
         _connection.set(connection)  # for all tasks that serve it
         try:
-            await self._loop.connect_accepted_socket(self._factory, sock=connection, ssl=self._ssl)
+            await self._loop.connect_accepted_socket(
+                lambda: self._protocol(connection), sock=connection, ssl=self._ssl
+            )
         except OSError as error:  # the client is gone, or did not speak TLS
             self._worker.log.debug("hermes: connection failed: %s", error)
             connection.close()
@@ -152,6 +154,25 @@ class _Server:
             raise
         finally:
             self._connecting -= 1
+
+    def _protocol(self, connection: _Connection) -> Any:
+        """Make the connection's protocol; uvicorn's closes, at a stop, what has not spoken yet."""
+        protocol = self._factory()
+        shutdown = getattr(protocol, "shutdown", None)
+        if shutdown is not None:
+
+            def shutdown_if_open() -> None:
+                if connection.worker is not None:
+                    shutdown()
+
+            def shutdown_in_time() -> None:
+                if connection.first_request:
+                    self._loop.call_later(HANDSHAKE_GRACE, shutdown_if_open)
+                else:
+                    shutdown()
+
+            protocol.shutdown = shutdown_in_time
+        return protocol
 
     def close(self) -> None:
         """Be chosen no more; ``wait_closed`` takes what was sent here until now."""
