@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from hermes_gunicorn import policy
 from hermes_gunicorn.listener import waiting
-from hermes_gunicorn.table import SHARED_SLOT, Publisher
+from hermes_gunicorn.table import SHARED_SLOT, Publisher, Row
 
 __all__ = ["Rescuer"]
 
@@ -30,6 +30,10 @@ _LOOK_NS: Final = 10 * _MS  # between looks else
 _LONGEST_NS: Final = 1000 * _MS  # between one worker's looks
 _HANDSHAKE_NS: Final = 1000 * _MS  # what was sent to a worker may arrive so much later
 _AT_A_TIME: Final = 4  # so that those who look next have their share
+
+
+def _waits_since(row: Row) -> int:
+    return row.last_dispatch_ns
 
 
 class Rescuer:
@@ -42,6 +46,8 @@ class Rescuer:
             it belongs to.
         take: accepts a connection from such a listener, and says if there was one.
         room: whether the worker could serve one more.
+        inline: ``take`` serves it as well. Then one is taken at a look, of those that wait
+            longest, and looks are as frequent as requests.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class Rescuer:
         siblings: Mapping[int, Sequence[tuple[int, Any]]],
         take: Callable[[int, Any], bool],
         room: Callable[[], bool],
+        inline: bool,
     ) -> None:
         self._publisher = publisher
         self._table = publisher.table
@@ -58,31 +65,34 @@ class Rescuer:
         self._siblings = siblings
         self._take = take
         self._room = room
+        self._inline = inline
         self._quiet = 1  # grows while nothing happens
         self._sent = 0
+        self._taken = 0
         self.next_ns = 0
 
-    def look(self, always: bool) -> None:
-        """Take what waits on siblings that need help; say in ``next_ns`` when to come again.
-
-        Args:
-            always: also if somebody else has just done so.
-        """
+    def look(self) -> None:
+        """Take what waits on siblings that need help; say in ``next_ns`` when to come again."""
         now = monotonic_ns()
         left = self._table.look_at_ns - now
         # Further ahead than it is ever set is nonsense that somebody has scribbled there.
-        if not always and 0 < left <= _LOOK_NS:
+        if not self._inline and 0 < left <= _LOOK_NS:
             if self.next_ns <= now:
                 self._plan(now)
             return
-        queues = self._table.queues()
+        rows = [self._table.row(slot) for slot in self._table.queues()]
+        if self._inline:
+            rows.sort(key=_waits_since)
         self._plan(now)
-        wanted = now + _LOOK_NS
-        for slot in queues:
-            due = self._help_if_due(slot, now)
+        wanted, taken = now + _LOOK_NS, self._taken
+        for row in rows:
+            due = self._help_if_due(row, now)
             wanted = min(wanted, max(due, now + _TICK_NS))
             if due <= now:  # each has its tick while help is needed
                 self.next_ns = min(self.next_ns, now + self._round(_TICK_NS))
+            if self._inline and self._taken != taken:
+                self.next_ns = now  # after what waits for this worker itself
+                break
         self._table.look_at_ns = wanted
 
     def _plan(self, now: int) -> None:
@@ -96,11 +106,11 @@ class Rescuer:
         phase = before * length // max(eligible.bit_count(), 1)
         self.next_ns = now + length - (now - phase) % length
 
-    def _help_if_due(self, slot: int, now: int) -> int:
+    def _help_if_due(self, row: Row, now: int) -> int:
         """Help the owner of a slot on which connections wait; return when to look again."""
+        slot = row.slot
         if slot in (SHARED_SLOT, self._publisher.slot) or slot not in self._siblings:
             return policy.NEVER
-        row = self._table.row(slot)
         # Emptied, and what was sent there has had the time to arrive.
         if row.rescued_at_ns > row.last_dispatch_ns and now - row.last_dispatch_ns > _HANDSHAKE_NS:
             return policy.NEVER
@@ -124,12 +134,12 @@ class Rescuer:
         return now
 
     def _help(self, slot: int, now: int) -> None:
-        taken = 0
+        enough = self._taken + (1 if self._inline else _AT_A_TIME)
         for index, listener in self._siblings[slot]:
-            while taken < _AT_A_TIME and self._room() and self._take(index, listener):
+            while self._taken < enough and self._room() and self._take(index, listener):
                 self._publisher.rescued()
-                taken += 1
-        if taken < _AT_A_TIME and self._room():
+                self._taken += 1
+        if self._taken < enough and self._room():
             self._table.mark_rescued(slot, now)  # nothing is left there
 
     def _round(self, pace: int) -> int:

@@ -41,7 +41,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
 
     assignment: arbiter.Assignment | None = None
     publisher: Publisher
-    looks_always = False  # at its siblings at the end of each turn, whoever else does
+    serves_inline = False  # accepting a connection is serving it
     _rescuer: Rescuer | None = None
     _admissions: Mapping[int, Admission] = {}
     _refreshed = 0.0
@@ -135,6 +135,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
                     siblings,
                     lambda index, listener: allowed(index) and take(index, listener),
                     room,
+                    self.serves_inline,
                 )
         self.publisher.at_turn(self._turned)
         self.publisher.ready(capacity)
@@ -148,7 +149,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
         if self._rescuer is None:
             return
         try:
-            self._rescuer.look(always=self.looks_always)
+            self._rescuer.look()
         except Exception:
             self._rescuer = None
             self.log.exception("hermes: no more rescue from this worker")
@@ -166,7 +167,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
             self._tell(monotonic_ns() - woke_ns)
             self.settle()
         self.look()
-        return 0 if self.looks_always else min(self._schedule(woke_ns), woke_ns + _MIND_NS)
+        return 0 if self.serves_inline else min(self._schedule(woke_ns), woke_ns + _MIND_NS)
 
     def _tell(self, busy_ns: int) -> None:
         lost = self.publisher.queued - self._waiting()

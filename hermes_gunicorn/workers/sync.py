@@ -25,7 +25,7 @@ _NOBODY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ECONNABORTED)
 class HermesSyncWorker(HermesMixin, sync.SyncWorker):  # type: ignore[misc]
     """gunicorn's sync worker with a slot of its own."""
 
-    looks_always = True  # a request costs more than that
+    serves_inline = True
 
     def run(self) -> None:
         """Serve until told to stop, then take what was sent here. Follows ``SyncWorker.run``."""
