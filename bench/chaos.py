@@ -219,6 +219,7 @@ def run(name: str, seconds: float, seed: int) -> dict[str, Any]:
         )
         done: collections.Counter[str] = collections.Counter()
         chance, broke = random.Random(seed), ""
+        when: list[tuple[float, str]] = []
         until = time.monotonic() + seconds
         try:
             for event in sequence(seed):
@@ -226,6 +227,7 @@ def run(name: str, seconds: float, seed: int) -> dict[str, Any]:
                 if time.monotonic() > until:
                     break
                 if supported(event, chaos.way):
+                    when.append((time.monotonic(), event))
                     chaos.do(event, chance)
                     done[event] += 1
         except (TimeoutError, psutil.Error, OSError) as error:
@@ -248,11 +250,18 @@ def run(name: str, seconds: float, seed: int) -> dict[str, Any]:
         "repeated": outcome["repeated"],
         "inside_killed": len(excused),
         "lost": dict(collections.Counter(how for how, _, _ in lost)),
+        "lost_after": [_during(at, when) for _, _, at in lost],
         "slowest": round(outcome["slowest"], 2),
         "broke": broke,
         "tracebacks": log.count("Traceback"),
         "log": log if broke or (lost and chaos.way in ("kernel", "shared")) else "",
     }
+
+
+def _during(at: float, when: list[tuple[float, str]]) -> str:
+    """Name the last event before a moment, and how long before."""
+    started, event = max(((s, e) for s, e in when if s <= at), default=(at, "start"))
+    return f"{event} +{at - started:.2f}"
 
 
 def _excused(loss: list[Any], killed: list[tuple[int, float]]) -> bool:

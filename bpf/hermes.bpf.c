@@ -516,20 +516,37 @@ static __always_inline __u32 choose(struct sk_reuseport_md *ctx, struct hermes_c
 	return slot;
 }
 
-/* Select the slot's socket and book the connection to it. */
-static __always_inline int select_slot(struct sk_reuseport_md *ctx, __u32 slot, __u64 now)
+/* Select the slot's socket. */
+static __always_inline int select_slot(struct sk_reuseport_md *ctx, __u32 slot)
 {
-	struct hermes_worker *worker;
-	int error = bpf_sk_select_reuseport(ctx, MAP(hermes_listeners), &slot, 0);
+	return bpf_sk_select_reuseport(ctx, MAP(hermes_listeners), &slot, 0);
+}
 
-	if (error || !opens_connection(ctx))
-		return error;
-	worker = bpf_map_lookup_elem(MAP(hermes_workers), &slot);
-	if (worker) {
+/* Book the connection to the slot. */
+static __always_inline void book(struct sk_reuseport_md *ctx, __u32 slot, __u64 now)
+{
+	struct hermes_worker *worker = bpf_map_lookup_elem(MAP(hermes_workers), &slot);
+
+	if (worker && opens_connection(ctx)) {
 		count(worker, dispatched);
 		WRITE_ONCE(worker->last_dispatch_ns, now);
 	}
-	return 0;
+}
+
+/*
+ * Select any slot that has a socket, which is: an owner, whatever its state. During an
+ * upgrade the shared listener is nobody's for a moment. The kernel's hash would also
+ * choose listeners that were opened in advance, which nobody accepts from.
+ */
+static __always_inline __u32 select_any(struct sk_reuseport_md *ctx)
+{
+	__u32 slot;
+
+	for (slot = 1; slot < HERMES_SLOTS_PER_GROUP; slot++) {
+		if (!select_slot(ctx, slot))
+			return slot;
+	}
+	return HERMES_SHARED_SLOT;
 }
 
 SEC("sk_reuseport/migrate")
@@ -552,13 +569,21 @@ int hermes_dispatch(struct sk_reuseport_md *ctx)
 	slot = choose(ctx, control, bind, now);
 	if (slot == HERMES_SHARED_SLOT) {
 		count(bind, none_eligible);
-	} else if (!select_slot(ctx, slot, now)) {
+	} else if (!select_slot(ctx, slot)) {
 		count(bind, dispatched);
+		book(ctx, slot, now);
 		return SK_PASS;
 	} else {
 		count(bind, select_failed);
 	}
-	if (select_slot(ctx, HERMES_SHARED_SLOT, now))
-		count(bind, shared_failed);
+	slot = HERMES_SHARED_SLOT;
+	if (select_slot(ctx, slot)) {
+		slot = select_any(ctx);
+		if (slot == HERMES_SHARED_SLOT) {
+			count(bind, shared_failed);
+			return SK_PASS;
+		}
+	}
+	book(ctx, slot, now);
 	return SK_PASS;
 }

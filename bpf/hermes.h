@@ -107,7 +107,7 @@ struct hermes_bind {
 	__u64 hung_skipped; /* workers passed over because they were hung */
 	__u64 none_eligible; /* no healthy worker: sent to the shared listener */
 	__u64 select_failed; /* the chosen slot had no socket: shared listener */
-	__u64 shared_failed; /* not even that: left to the kernel's hash */
+	__u64 shared_failed; /* not even that, nor any other: left to the kernel's hash */
 	__u64 no_table; /* a map lookup failed: left to the kernel's hash */
 	__u64 spilled; /* of `dispatched`: to another locality group than its own */
 	__u64 reserved;

@@ -147,6 +147,17 @@ def test_a_slot_without_owner_is_not_selected_whatever_the_table_says(bind: Bind
     assert bind.counter("select_failed") == 1
 
 
+def test_without_the_shared_listener_somebody_who_accepts_is_chosen(bind: Bind):
+    """As for a moment during an upgrade, when all workers look hung or boot."""
+    for slot in (SHARED_SLOT, 1):
+        bind.dispatcher.close_slot(slot)
+    for slot in (1, 2, 3):
+        bind.table.set_state(slot, BOOTING)
+    assert bind.sent(20) == {2: 20}
+    assert bind.table.row(2).dispatched == 20
+    assert bind.counter("shared_failed") == 0
+
+
 def test_as_the_very_last_resort_the_kernel_hashes(bind: Bind):
     for slot in (SHARED_SLOT, 1, 2, 3):
         bind.dispatcher.close_slot(slot)

@@ -40,6 +40,7 @@ EQUIVALENT = {
         "at equality, one nanosecond, it decides between a limit of 0 and of 1"
     ),
     ("for (__u32 i = 0; i < HERMES_MAX_GROUPS; i++) {", "<"): "a probe more than there are groups",
+    ("for (slot = 1; slot < HERMES_SLOTS_PER_GROUP; slot++) {", "<"): "one slot more to try",
     ("if (other.lowest < best.lowest)", "<"): "equal rank, and the hash drew both groups",
     ("if (search.localities > 1) {", ">"): "one locality group is all groups",
     (
