@@ -189,16 +189,12 @@ class _Server:
 
         Unless the listener is closed, as uvicorn does: then siblings take it.
         """
-        deadline = self._loop.time() + HANDSHAKE_GRACE
-        while self._connecting or (self._own and self._is_awaited(deadline)):
-            await asyncio.sleep(0.01)
-
-    def _is_awaited(self, deadline: float) -> bool:
-        if self._listener.fileno() < 0:
-            return False
-        return self.take_from(self._listener, True) or (
-            self._worker.publisher.queued > 0 and self._loop.time() < deadline
-        )
+        while self._connecting or (
+            self._own
+            and self._listener.fileno() >= 0
+            and (self.take_from(self._listener, True) or self._worker.awaits())
+        ):
+            await asyncio.sleep(0.005)
 
 
 class HermesAsyncioMixin(HermesMixin):

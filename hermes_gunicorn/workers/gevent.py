@@ -21,7 +21,7 @@ from gunicorn.workers import ggevent
 
 from hermes_gunicorn.dispatch.shared import PAUSE
 from hermes_gunicorn.table import Publisher
-from hermes_gunicorn.workers.mixin import HANDSHAKE_GRACE, HermesMixin
+from hermes_gunicorn.workers.mixin import HermesMixin
 
 __all__ = ["HermesGeventWorker", "PublishingServer"]
 
@@ -182,9 +182,8 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
         for server in servers:
             if not server.exclusive:
                 server.close()
-        deadline = time.monotonic() + min(HANDSHAKE_GRACE, self.cfg.graceful_timeout)
-        while self.publisher.queued and time.monotonic() < deadline:
-            gevent.sleep(0.01)
+        while self.awaits():
+            gevent.sleep(0.005)
         for server in servers:
             server.close()
 

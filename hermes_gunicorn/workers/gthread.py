@@ -16,7 +16,7 @@ from typing import Any
 
 from gunicorn.workers import gthread
 
-from hermes_gunicorn.workers.mixin import HANDSHAKE_GRACE, HermesMixin
+from hermes_gunicorn.workers.mixin import HermesMixin
 
 __all__ = ["HermesThreadWorker"]
 
@@ -155,11 +155,6 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         if not _SINCE_24:
             return  # gunicorn 23 forgets what it accepts from here on; siblings will not
         own = [s for s, exclusive in zip(self.sockets, self.exclusive(), strict=True) if exclusive]
-        deadline = time.monotonic() + min(HANDSHAKE_GRACE, self.cfg.graceful_timeout)
-        while True:
-            if any(self._count((listener,), True) for listener in own):
-                continue
-            if not self.publisher.queued or time.monotonic() > deadline:
-                return
+        while any(self._count((listener,), True) for listener in own) or self.awaits():
             self.notify()
-            time.sleep(0.01)
+            time.sleep(0.001)

@@ -25,6 +25,7 @@ __all__ = ["HANDSHAKE_GRACE", "HermesMixin"]
 
 HANDSHAKE_GRACE: Final = 1.0  # seconds: a connection sent here may still be on its way
 _MIND_NS: Final = 1_000_000  # between ends of turns at which more than publishing is done
+_BOOKED_WITHIN: Final = 0.01  # seconds: the kernel chooses first and books then
 _QUIET_NS: Final = 3_000_000_000  # without a dispatch for so long, none is on its way
 
 
@@ -45,6 +46,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
     _rescuer: Rescuer | None = None
     _admissions: Mapping[int, Admission] = {}
     _refreshed = 0.0
+    _left = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -157,9 +159,16 @@ class HermesMixin(_Base):  # type: ignore[misc]
     def leave(self) -> None:
         """Be chosen no more; what was sent here already is still to be taken."""
         self._rescuer = None
+        self._left = monotonic()
         self.publisher.draining()
         if self.assignment:
             self.assignment.leave_siblings()
+
+    def awaits(self) -> bool:
+        """After ``leave``: whether connections sent here before may still be on their way."""
+        since = monotonic() - self._left
+        grace = min(HANDSHAKE_GRACE, self.cfg.graceful_timeout)
+        return since < _BOOKED_WITHIN or (self.publisher.queued > 0 and since < grace)
 
     def _turned(self, woke_ns: int) -> int:
         """At the end of a turn of the loop: what was lost meanwhile, who needs help."""

@@ -15,7 +15,7 @@ from typing import Any
 from gunicorn import util
 from gunicorn.workers import sync
 
-from hermes_gunicorn.workers.mixin import HANDSHAKE_GRACE, HermesMixin
+from hermes_gunicorn.workers.mixin import HermesMixin
 
 __all__ = ["HermesSyncWorker"]
 
@@ -96,11 +96,6 @@ class HermesSyncWorker(HermesMixin, sync.SyncWorker):  # type: ignore[misc]
                 own.append((index, listener))
             else:
                 listener.close()
-        deadline = time.monotonic() + min(HANDSHAKE_GRACE, self.cfg.graceful_timeout)
-        while True:
+        while any(self._accept_from(i, listener, True) for i, listener in own) or self.awaits():
             self.notify()
-            if any(self._accept_from(index, listener, True) for index, listener in own):
-                continue
-            if not self.publisher.queued or time.monotonic() > deadline:
-                return
-            time.sleep(0.01)
+            time.sleep(0.001)
