@@ -29,6 +29,16 @@ _NOBODY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ECONNABORTED)
 _LAST, _FIRST = -2, 2  # libev's priorities
 
 
+class _Address:
+    """Stands for a listener where gunicorn asks its name: it may be closed by then."""
+
+    def __init__(self, sock: Any) -> None:
+        self._name = sock.getsockname()
+
+    def getsockname(self) -> Any:
+        return self._name
+
+
 class PublishingServer(StreamServer):  # type: ignore[misc]
     """Counts what it accepts and what it closes."""
 
@@ -160,7 +170,7 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
 
     def new_server(self, sock: Any, **options: Any) -> PublishingServer:
         """Make the server of a listener, as gunicorn's worker does."""
-        return PublishingServer(sock, handle=partial(self.handle, sock), **options)
+        return PublishingServer(sock, handle=partial(self.handle, _Address(sock)), **options)
 
     def _watch_siblings(self) -> None:
         """Wake up to look after siblings when that is due."""
