@@ -26,31 +26,17 @@ __all__ = ["HermesThreadWorker"]
 _SINCE_24 = hasattr(gthread.ThreadWorker, "set_accept_enabled")
 
 
-class _PublishingSelector(selectors.DefaultSelector):
-    """Publishes both edges of poll, and wakes the worker when it is to look around."""
-
-    def __init__(self, worker: HermesThreadWorker) -> None:
-        super().__init__()
-        self._worker = worker
-
-    def select(self, timeout: float | None = None) -> Any:
-        worker = self._worker
-        worker.watch_listeners()
-        worker.publisher.polls()
-        longest = min(worker.until_look(), worker.until_served() or 1.0)
-        events = super().select(longest if timeout is None else min(timeout, longest))
-        worker.publisher.woke()
-        if not worker.alive:
-            worker.drain()
-        return events
-
-
 class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[misc]
     """gunicorn's threaded worker with a slot of its own."""
 
     _connections = 0
     _leaving = False
     _enabled = True
+    poller: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._listening: set[int] = set()
+        super().__init__(*args, **kwargs)
 
     @property
     def nr_conns(self) -> int:
@@ -65,19 +51,33 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
 
     def run(self) -> None:
         """Serve until told to stop."""
-        self.poller.close()
-        self.poller: Any = _PublishingSelector(self)
+        self._watch_poll()
         for sock in self.sockets:
             sock.setblocking(False)
-        # gunicorn 23 begins with all of them watched.
-        self._listening = set() if _SINCE_24 else set(range(len(self.sockets)))
         if not _SINCE_24:
+            self._listening = set(range(len(self.sockets)))  # it begins so
             self._done: deque[Any] = deque()
             self._wake, woken = socket.socketpair()
             self._wake.setblocking(False)
             self.poller.register(woken, selectors.EVENT_READ, self._finish)
         self.begin(self.cfg.threads, self._accept_from, self._has_room)
         super().run()
+
+    def _watch_poll(self) -> None:
+        """Have both edges of poll published, and wake up to look around."""
+        poll = self.poller.select
+
+        def select(timeout: float | None = None) -> Any:
+            self.watch_listeners()
+            self.publisher.polls()
+            longest = min(self.until_look(), self.until_served() or 1.0)
+            events = poll(longest if timeout is None else min(timeout, longest))
+            self.publisher.woke()
+            if not self.alive:
+                self.drain()
+            return events
+
+        self.poller.select = select
 
     def _has_room(self) -> bool:
         return self.publisher.requests < self.cfg.threads and self.alive
