@@ -90,7 +90,7 @@ def load(path: Path) -> Program:
         raise LoaderError(
             f"cannot read {path.name}: {error.strerror}", "reinstall hermes-gunicorn"
         ) from error
-    except (KeyError, IndexError, ValueError, struct.error) as error:
+    except (KeyError, IndexError, ValueError, OverflowError, struct.error) as error:
         raise LoaderError(
             f"{path.name} is damaged: {error!r}", "reinstall hermes-gunicorn"
         ) from error

@@ -51,7 +51,11 @@ def test_another_layout_is_refused_by_name(tmp_path, index, field):
         object.load(other)
 
 
-@pytest.mark.parametrize("data", [b"", b"\x7fELF", b"#!/bin/sh\n", bytes(4096)])
+GOOD = OBJECT.read_bytes()
+FAR_AWAY = GOOD[:47] + b"\x80" + GOOD[48:]  # its table of sections, that is
+
+
+@pytest.mark.parametrize("data", [b"", b"\x7fELF", b"#!/bin/sh\n", bytes(4096), FAR_AWAY])
 def test_what_is_no_object_is_refused_in_one_line(tmp_path, data):
     path = tmp_path / "hermes.bpf.o"
     path.write_bytes(data)
