@@ -173,7 +173,8 @@ def test_nothing_waits_for_a_worker_that_blocks(serve, mode: str):
 
 
 def test_a_frozen_worker_is_noticed_helped_and_taken_back(serve):
-    server = serve(workers=3)
+    # Other tests use the cores as well: those that wait for one are not to look frozen.
+    server = serve("--hermes-hang-threshold", "0.2", workers=3)
     frozen = min(server.worker_pids())
     psutil.Process(frozen).suspend()
     try:
@@ -186,7 +187,7 @@ def test_a_frozen_worker_is_noticed_helped_and_taken_back(serve):
     finally:
         psutil.Process(frozen).resume()
     wait_for(lambda: timed(server)[1] == frozen, "the worker to come back")
-    assert not any(row["frozen_since_ns"] for row in server.rows())
+    wait_for(lambda: not any(row["frozen_since_ns"] for row in server.rows()), "all to be well")
 
 
 @pytest.mark.parametrize("path", ["/spin?2", "/regex?25"])
