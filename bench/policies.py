@@ -72,6 +72,9 @@ class Worker:
             dispatched=len(self.queue),
             last_dispatch_ns=0,
             generation=1,
+            frozen_since_ns=0,
+            rescued=0,
+            rescued_at_ns=0,
         )
 
 
