@@ -26,12 +26,18 @@ __all__ = ["HermesThreadWorker"]
 _SINCE_24 = hasattr(gthread.ThreadWorker, "set_accept_enabled")
 
 
+def _name(listener: Any) -> tuple[Any, ...]:
+    """Return what gunicorn 23 passes to ``accept`` before the listener: its name."""
+    return () if _SINCE_24 else (listener.getsockname(),)
+
+
 class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[misc]
     """gunicorn's threaded worker with a slot of its own."""
 
     _connections = 0
     _leaving = False
     _enabled = True
+    _silent = 0  # gunicorn 23: accepted, but nothing has been said yet
     poller: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -73,8 +79,6 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
             longest = min(self.until_look(), self.until_served() or 1.0)
             events = poll(longest if timeout is None else min(timeout, longest))
             self.publisher.woke()
-            if not self.alive:
-                self.drain()
             return events
 
         self.poller.select = select
@@ -86,6 +90,21 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         """Watch the listeners, or not (gunicorn 24+)."""
         self._accepting = self._enabled = enabled
         self.watch_listeners()
+        if not self.alive:
+            self.drain()
+
+    def get_thread_pool(self) -> Any:
+        """Return the pool; gunicorn 23 shuts it down as the first thing after its loop."""
+        pool = super().get_thread_pool()
+        if not _SINCE_24:
+            shutdown = pool.shutdown
+
+            def drain_and_shutdown(*arguments: Any, **options: Any) -> None:
+                self.drain()
+                shutdown(*arguments, **options)
+
+            pool.shutdown = drain_and_shutdown
+        return pool
 
     def watch_listeners(self) -> None:
         """Watch those which are to be served now, while there is a thread for what comes."""
@@ -101,8 +120,7 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
                 self._listening.add(index)
 
     def _acceptor(self, listener: Any) -> Any:
-        # gunicorn 23 passes the listener's name as well.
-        return self.accept if _SINCE_24 else partial(self.accept, listener.getsockname())
+        return partial(self.accept, *_name(listener))
 
     def accept(self, *arguments: Any) -> None:
         """Accept a connection, if there is a thread for it."""
@@ -117,14 +135,16 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         if self.nr_conns == before:
             return False
         self.publisher.opened(own, requests=0)
+        self._silent += 1
         return True
 
     def _accept_from(self, index: int, listener: Any) -> bool:
-        name = () if _SINCE_24 else (listener.getsockname(),)
-        return self._count((*name, listener), False)
+        return self._count((*_name(listener), listener), False)
 
     def enqueue_req(self, conn: Any) -> None:
         """Count the request from here on, until ``finish_request``."""
+        if not conn.initialized:
+            self._silent -= 1
         self.publisher.began()
         super().enqueue_req(conn)
 
@@ -152,9 +172,16 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
             return
         self._leaving = True
         self.leave()
-        if not _SINCE_24:
-            return  # gunicorn 23 forgets what it accepts from here on; siblings will not
+        self.watch_listeners()
         own = [s for s, exclusive in zip(self.sockets, self.exclusive(), strict=True) if exclusive]
-        while any(self._count((listener,), True) for listener in own) or self.awaits():
+        while any(self._count((*_name(s), s), True) for s in own) or self.awaits() or self._hears():
             self.notify()
             time.sleep(0.001)
+
+    def _hears(self) -> bool:
+        """Listen to who has not spoken, whom gunicorn 23 forgets; say whether some are left."""
+        if _SINCE_24 or not self._silent or not self.in_grace():
+            return False
+        for key, _ in self.poller.select(0):
+            key.data(key.fileobj)
+        return True

@@ -167,8 +167,11 @@ class HermesMixin(_Base):  # type: ignore[misc]
     def awaits(self) -> bool:
         """After ``leave``: whether connections sent here before may still be on their way."""
         since = monotonic() - self._left
-        grace = min(HANDSHAKE_GRACE, self.cfg.graceful_timeout)
-        return since < _BOOKED_WITHIN or (self.publisher.queued > 0 and since < grace)
+        return since < _BOOKED_WITHIN or (self.publisher.queued > 0 and self.in_grace())
+
+    def in_grace(self) -> bool:
+        """After ``leave``: whether it is too early to give up those who say nothing."""
+        return monotonic() - self._left < min(HANDSHAKE_GRACE, float(self.cfg.graceful_timeout))
 
     def _turned(self, woke_ns: int) -> int:
         """At the end of a turn of the loop: what was lost meanwhile, who needs help."""

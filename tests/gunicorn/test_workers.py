@@ -279,6 +279,19 @@ def spread(connections: Counter[Any]) -> int:
 
 
 @only(*CLASSES.keys() - {"hermes_sync"})
+def test_who_has_not_spoken_yet_is_answered_by_a_worker_that_leaves(serve):
+    server = serve(workers=2)
+    old = server.worker_pids()
+    with server.connect() as client:
+        # The one that asks is connected as well.
+        wait_for(lambda: sum(row["connections"] for row in server.rows()) == 2, "the connection")
+        for pid in old:
+            psutil.Process(pid).terminate()
+        wait_for(lambda: not old <= server.worker_pids(), "the other worker's end")
+        assert int(client.get("/pid")) in old
+
+
+@only(*CLASSES.keys() - {"hermes_sync"})
 def test_kept_alive_connections_are_spread_evenly(serve):
     server = serve(*UNHURRIED, "--keep-alive", "30", workers=4)
     pids: Counter[Any] = Counter()
