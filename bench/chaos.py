@@ -32,6 +32,7 @@ WORKERS = 4
 RATE, KEPT = 300, 64
 SETTLED_WITHIN = 40.0
 BREATH = 0.5  # seconds between events
+TIMEOUT = 3  # seconds, gunicorn's setting
 GUNICORN = Path(sys.executable).with_name("gunicorn")
 SERVERS = {
     f"{family}, {way}": (family, way)
@@ -41,6 +42,8 @@ SERVERS = {
 EVENTS = {
     "hup": 4,
     "hup, workers": 2,
+    "hup, bind": 1,
+    "hup, policy": 1,
     "hup, broken": 1,
     "ttin": 2,
     "ttou": 2,
@@ -50,6 +53,7 @@ EVENTS = {
     "kill": 4,
     "stop": 3,
     "block": 3,
+    "timeout": 1,
     "usr1": 1,
 }
 
@@ -60,13 +64,14 @@ class Chaos:
     def __init__(self, name: str, folder: Path) -> None:
         family, self.way = SERVERS[name]
         self.folder, self.port = folder, harness.free_port()
-        self.workers = WORKERS
+        self.other_port = harness.free_port()
+        self.workers, self.binds, self.policy = WORKERS, 1, "least_loaded"
         self.killed: list[tuple[int, float]] = []  # client ports, when
         self.pidfile = folder / "pid"
         self.configure()
         app = "app:asgi" if family == "asgi" else "app:wsgi"
         command = [str(GUNICORN), *flags(family, self.way), "-c", str(folder / "conf.py")]
-        command += ["-b", f"127.0.0.1:{self.port}", "--chdir", str(harness.HERE)]
+        command += ["--chdir", str(harness.HERE), "--timeout", str(TIMEOUT)]
         command += ["--pid", str(self.pidfile), "--threads", "4", "--keep-alive", "30"]
         command += ["--max-requests", "3000", "--max-requests-jitter", "1000"]
         self.log = (folder / "log").open("w+")
@@ -78,9 +83,14 @@ class Chaos:
         )
         self.wait(lambda: self.pidfile.exists() and self.settled())
 
-    def configure(self, text: str = "") -> None:
+    def configure(self, broken: bool = False) -> None:
         """Write the configuration."""
-        (self.folder / "conf.py").write_text(text or f"workers = {self.workers}\n")
+        ports = [self.port, self.other_port][: self.binds]
+        text = (
+            f"workers = {self.workers}\nhermes_policy = {self.policy!r}\n"
+            f"bind = {[f'127.0.0.1:{port}' for port in ports]}\n"
+        )
+        (self.folder / "conf.py").write_text("workers = 1 +" if broken else text)
 
     def master(self) -> psutil.Process:
         """Return the arbiter in charge."""
@@ -121,7 +131,11 @@ class Chaos:
         if kind == "hup":
             if how == "workers":
                 self.workers = chance.choice([2, 3, 5, 6])
-            self.configure("workers = 1 +" if how == "broken" else "")
+            elif how == "bind":
+                self.binds = 3 - self.binds
+            elif how == "policy":
+                self.policy = chance.choice(["least_loaded", "cascade"])
+            self.configure(how == "broken")
             master.send_signal(signal.SIGHUP)
             if how == "broken":
                 time.sleep(1)
@@ -143,6 +157,10 @@ class Chaos:
             victim.suspend()
             time.sleep(1)
             victim.resume()
+        elif kind == "timeout" and pids:
+            victim = psutil.Process(chance.choice(pids))
+            self.hold(victim)  # until the arbiter kills it
+            self.wait(lambda: victim.pid not in self.pids())
         elif kind == "block":
             subprocess.Popen(
                 ["curl", "-s", "-o", os.devnull, f"http://127.0.0.1:{self.port}/hold/1500"]
@@ -174,11 +192,15 @@ class Chaos:
             new.send_signal(signal.SIGTERM)
             self.wait(lambda: not new.is_running() or new.status() == psutil.STATUS_ZOMBIE)
 
-    def kill(self, victim: psutil.Process) -> None:
-        """Kill a worker, with a list of those who lose a request by it."""
+    def hold(self, victim: psutil.Process) -> None:
+        """Stop a worker that is going to be killed, and list who loses a request by it."""
         victim.suspend()
         held = [c.raddr.port for c in victim.net_connections("tcp") if c.raddr]
         self.killed += [(port, time.monotonic()) for port in held]
+
+    def kill(self, victim: psutil.Process) -> None:
+        """Kill a worker."""
+        self.hold(victim)
         victim.kill()
         self.wait(lambda: victim.pid not in self.pids())
 
@@ -201,9 +223,11 @@ def sequence(seed: int) -> Iterator[str]:
 
 
 def supported(event: str, way: str) -> bool:
-    """Whether gunicorn itself survives it: reuse-port cannot be upgraded."""
+    """Whether gunicorn survives it without us."""
     if way in ("kernel", "shared"):
         return True
+    if event == "hup, bind":
+        return False  # the old workers still have the address
     return event != "hup, broken" and not (way == "reuse-port" and event.startswith("upgrade"))
 
 
@@ -266,7 +290,7 @@ def _during(at: float, when: list[tuple[float, str]]) -> str:
 
 def _excused(loss: list[Any], killed: list[tuple[int, float]]) -> bool:
     _, port, when = loss
-    return any(port == other and 0 <= when - at < 5 for other, at in killed)
+    return any(port == other and 0 <= when - at < 3 * TIMEOUT for other, at in killed)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -294,10 +318,11 @@ def table(result: dict[str, Any]) -> str:
         f"{result['parallel']} servers at a time, each with {WORKERS} workers, {RATE} new"
         f" connections/s and {KEPT} kept-alive clients. Events of a random"
         f" sequence: {', '.join(EVENTS)}; and `max_requests` all the time. Stock gunicorn exits at"
-        " a reload with a broken configuration, and `--reuse-port` at an upgrade, so they are"
-        " spared those. A request is lost if it was refused, reset, closed without an answer"
-        " or not answered in 15 s. Not counted as lost: those on connections that a killed worker"
-        " held; and what kept-alive clients may repeat.\n\n" + harness.markdown_table(header, rows)
+        " a reload with a broken configuration or with one more address, and `--reuse-port` at an"
+        " upgrade as well, so they are spared those. A request is lost if it was refused, reset,"
+        " closed without an answer or not answered in 15 s. Not counted as lost: those on"
+        " connections that a killed worker held; and what kept-alive clients may repeat.\n\n"
+        + harness.markdown_table(header, rows)
     )
 
 

@@ -6,12 +6,17 @@ goes: a worker never runs them.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from gunicorn import sock
+
 if TYPE_CHECKING:
     from gunicorn.arbiter import Arbiter
+    from gunicorn.config import Config
+    from gunicorn.sock import BaseSocket
 
 __all__ = ["after_failed_upgrade", "after_setup", "keep_configuration"]
 
@@ -34,9 +39,11 @@ def after_setup(server: Arbiter, call: Callable[[], None]) -> None:
 def keep_configuration(server: Arbiter) -> None:
     """At a reload (HUP) with a configuration that cannot be loaded, go on with the old one.
 
-    gunicorn would exit, and with it all workers.
+    gunicorn would exit, and with it all workers. And keep the listeners of addresses that
+    stay: gunicorn would close all and open them again, which fails as long as its old
+    workers listen, and would lose what waits there.
     """
-    reload, load = server.reload, server.app.reload
+    reload, load, create_sockets = server.reload, server.app.reload, sock.create_sockets
 
     def load_or_reject() -> None:
         old = server.app.cfg
@@ -44,12 +51,17 @@ def keep_configuration(server: Arbiter) -> None:
             load()
             # Both are imported when they are asked for.
             _ = server.app.cfg.worker_class, server.app.cfg.logger_class
+            listeners = _listeners(server, server.app.cfg)
         except SystemExit as error:  # gunicorn has printed why
             server.app.cfg = old
             raise _Rejected("see above") from error
         except Exception as error:
             server.app.cfg = old
             raise _Rejected(str(error)) from error
+        if listeners is not None:
+            # gunicorn closes what it finds here, then asks for new ones.
+            server.LISTENERS = [each for each in server.LISTENERS if each not in listeners]
+            sock.create_sockets = lambda *_: listeners
 
     def reload_if_accepted() -> None:
         try:
@@ -60,9 +72,30 @@ def keep_configuration(server: Arbiter) -> None:
                 "hermes: the new configuration cannot be loaded (%s); all goes on with the old one",
                 error,
             )
+        finally:
+            sock.create_sockets = create_sockets
 
     server.app.reload = load_or_reject
     server.reload = reload_if_accepted
+
+
+def _listeners(server: Arbiter, cfg: Config) -> list[BaseSocket] | None:
+    """Return the listeners for a new configuration, with those opened that it adds.
+
+    None is to leave it to gunicorn: nothing changes, or it was given sockets.
+    """
+    old, new = server.cfg.address, cfg.address
+    if old == new or server.systemd or any(isinstance(each, int) for each in old + new):
+        return None
+    here = dict(zip(old, server.LISTENERS, strict=True))
+    added = copy.copy(cfg)
+    added.settings = cfg.settings | {"bind": copy.copy(cfg.settings["bind"])}
+    binds = zip(cfg.settings["bind"].get(), new, strict=True)
+    added.settings["bind"].value = [text for text, address in binds if address not in here]
+    if added.address:
+        opened = sock.create_sockets(added, server.log)
+        here |= dict(zip(added.address, opened, strict=True))
+    return [here[address] for address in new]
 
 
 def after_failed_upgrade(server: Arbiter, call: Callable[[], None]) -> None:

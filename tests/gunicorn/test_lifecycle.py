@@ -5,12 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
 from gunicorn_server import GONE_WITHIN, as_nobody, free_port, under_load, wait_for
+
+
+@pytest.fixture(params=["kernel", "shared"])
+def mode(request: pytest.FixtureRequest) -> str:
+    """How connections are shared."""
+    return str(request.param)
+
 
 FIRST_LINES = "from apps import post_worker_init\nworker_class = 'hermes'\n"
 BROKEN = {
@@ -38,6 +46,94 @@ def test_a_reload_with_a_broken_configuration_changes_nothing(start, text):
         wait_for(lambda: not old & server.worker_pids(), "the old workers' end")
         server.wait_ready()
     assert failures == []
+
+
+RELOADS = [
+    ("hermes_policy = 'least_loaded'", "hermes_policy = 'cascade'"),
+    ("hermes_mode = 'auto'", "hermes_mode = 'shared'"),
+    ("hermes_mode = 'shared'", "hermes_mode = 'auto'"),
+    ("workers = 2", "workers = 5"),
+    ("workers = 5", "workers = 2"),
+    ("bind = [{one}]", "bind = [{one}, {two}]"),
+    ("bind = [{two}, {one}]", "bind = [{one}]"),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), RELOADS)
+def test_a_reload_with_other_settings_loses_nothing(start, before, after):
+    port = free_port()
+    binds = {"one": f"'127.0.0.1:{port}'", "two": f"'127.0.0.1:{free_port()}'"}
+    fixed = "worker_class = 'hermes'\nbind = [{one}]\n"
+    server = start(
+        conf=(fixed + before).format(**binds),
+        worker_class=None,
+        bind=[],
+        port=port,
+        workers=5 if before == "workers = 5" else 2,
+    )
+    old = server.worker_pids()
+    with under_load(server, 200) as failures:
+        text = f"from apps import post_worker_init\n{fixed}{after}\n".format(**binds)
+        (server.folder / "gunicorn.conf.py").write_text(text)
+        server.signal(signal.SIGHUP)
+        wait_for(lambda: not old & server.worker_pids(), "the old workers' end")
+        server.wait_ready(5 if after == "workers = 5" else 2)
+    assert failures == []
+
+
+def test_a_reload_to_an_address_in_use_changes_nothing(start):
+    port = free_port()
+    server = start(conf=f"bind = '127.0.0.1:{port}'\n", bind=[], port=port)
+    old = server.worker_pids()
+    conf = server.folder / "gunicorn.conf.py"
+    with socket.create_server(("127.0.0.1", 0)) as other, under_load(server) as failures:
+        taken = f"127.0.0.1:{other.getsockname()[1]}"
+        conf.write_text(conf.read_text() + f"bind = ['127.0.0.1:{port}', '{taken}']\n")
+        server.signal(signal.SIGHUP)
+        wait_for(lambda: server.lines("all goes on with the old one"), "a word")
+        assert server.lines("Can't connect to", str(other.getsockname()[1]))
+        assert server.worker_pids() == old
+    assert failures == []
+
+
+def test_scaling_far_up_and_down_to_one_loses_nothing(start, mode):
+    server = start("--hermes-mode", mode, workers=1)
+    with under_load(server, 200) as failures:
+        for count in [*range(2, 21), *range(19, 0, -1)]:
+            server.signal(signal.SIGTTIN if count > len(server.worker_pids()) else signal.SIGTTOU)
+            wait_for(lambda n=count: len(server.worker_pids()) == n, f"{count} workers")
+        server.wait_ready(1)
+    assert failures == []
+
+
+def test_winch_ends_the_workers_and_what_comes_waits_for_others(start, mode):
+    # Only a daemon heeds it; this one stays where the test sees it.
+    conf = "def on_starting(server):\n    server.cfg.set('daemon', True)\n"
+    server = start("--hermes-mode", mode, conf=conf)
+    for number in (signal.SIGTTIN, signal.SIGHUP):
+        with under_load(server) as failures:
+            server.signal(signal.SIGWINCH)
+            wait_for(lambda: not server.worker_pids(), "the workers' end")
+            with server.connect() as client:
+                client.send("/pid")
+                server.signal(number)
+                assert client.receive()[0] == 200
+        assert failures == []
+
+
+@pytest.mark.parametrize("worker_class", ["hermes", "hermes_sync"])
+def test_a_worker_that_exceeds_the_timeout_costs_only_what_was_in_it(start, mode, worker_class):
+    server = start("--hermes-mode", mode, "--timeout", "2", worker_class=worker_class, workers=3)
+    with under_load(server) as failures, server.connect() as client:
+        old = server.worker_pids()
+        client.send("/block?30")
+        wait_for(lambda: server.lines("WORKER TIMEOUT"), "the time-out")
+        wait_for(lambda: len(server.worker_pids() - old) == 1, "a successor")
+        server.wait_ready()
+        with contextlib.suppress(ConnectionError):
+            assert client.receive()[0] == 500
+    # What the worker had accepted in the same turn of its loop is inside it as well.
+    assert len(failures) <= 2
 
 
 def new_master(server, pidfile: Path) -> psutil.Process:

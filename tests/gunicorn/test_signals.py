@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import re
 import signal
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -207,11 +208,27 @@ def test_usr2_can_be_taken_back(start, tmp_path, when):
     assert not server.lines("SIGKILL")
 
 
-def test_an_arbiter_that_is_killed_leaves_nothing_behind(start):
+def kernel_objects(pid: int) -> set[tuple[str, str]]:
+    """Return kind and id of the programs and maps that a process has open."""
+    texts = [path.read_text() for path in Path(f"/proc/{pid}/fdinfo").iterdir()]
+    return {found for text in texts for found in re.findall(r"(prog|map)_id:\s+(\d+)", text)}
+
+
+def exists(kind: str, number: str) -> bool:
+    """Say whether the kernel has it still."""
+    show = subprocess.run(["bpftool", kind, "show", "id", number], capture_output=True, check=False)
+    return show.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_arbiter_that_is_gone_leaves_nothing_behind(start, number):
     server = start()
-    workers = server.worker_pids()
-    os.kill(server.process.pid, signal.SIGKILL)
+    workers, objects = server.worker_pids(), kernel_objects(server.process.pid)
+    assert {kind for kind, _ in objects} == {"prog", "map"}
+    assert all(exists(*each) for each in objects)
+    server.signal(number)
     server.process.wait()
     wait_for(lambda: not any(map(psutil.pid_exists, workers)), "the workers' end")
+    wait_for(lambda: not any(exists(*each) for each in objects), "the end of what they used")
     again = start(bind=[f"127.0.0.1:{server.port}"], port=server.port)
     assert again.lines("hermes: kernel dispatch")

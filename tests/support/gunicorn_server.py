@@ -173,7 +173,7 @@ class Server:
         else:
             (folder / "apps.py").write_text(APPS.read_text())
             (folder / "gunicorn.conf.py").write_text("from apps import post_worker_init\n" + conf)
-        command = [*prefix, str(GUNICORN), "-w", str(workers), "--graceful-timeout", "10"]
+        command = [*prefix, str(GUNICORN), "--graceful-timeout", "10"]
         if worker_class:
             command += ["-k", worker_class]
         for address in bind:
@@ -184,7 +184,13 @@ class Server:
             self.process = subprocess.Popen(
                 [*command, *arguments, app],
                 cwd=folder,
-                env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environ},
+                # The number of workers in a way that the file can overrule.
+                env={
+                    **os.environ,
+                    "PYTHONDONTWRITEBYTECODE": "1",
+                    "WEB_CONCURRENCY": str(workers),
+                    **environ,
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
