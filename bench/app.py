@@ -28,10 +28,19 @@ def blocking(environ, start_response):
     return app(environ, start_response)
 
 
+def burn(seconds):
+    """Compute for so long."""
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+
 def work(path):
-    """Return the body of the answer: /hold/20 holds the worker for 20 ms."""
+    """Return the body of the answer: /hold/20 holds the worker for 20 ms, /burn/5 burns 5."""
     if path.startswith("/hold/"):
         hold(float(path.removeprefix("/hold/")) / 1000)
+    elif path.startswith("/burn/"):
+        burn(float(path.removeprefix("/burn/")) / 1000)
     return str(os.getpid()).encode()
 
 

@@ -83,8 +83,8 @@ class Server:
         return f"http://127.0.0.1:{self.port}/"
 
     def processes(self) -> list[psutil.Process]:
-        """Return the arbiter and the workers."""
-        return [self.arbiter, *self.arbiter.children()]
+        """Return the arbiter and the workers, and what else it started."""
+        return [self.arbiter, *self.arbiter.children(recursive=True)]
 
     def cpu_seconds(self) -> float:
         """Sum what arbiter and workers have used so far, user and system."""
@@ -125,15 +125,21 @@ def no_control_socket() -> list[str]:
 def start(rival: str, flags: Sequence[str], workers: int, log: IO[str], app: str) -> Server:
     """Start a server on a free port, and on those in the flags; wait until all is ready."""
     port = free_port()
+    # All of them are children, and gunicorn's only ones.
     command = [sys.executable, "-m", "gunicorn", *flags, "-w", str(workers)]
     command += ["-b", f"127.0.0.1:{port}", "--keep-alive", str(KEEP_ALIVE)]
-    command += ["--log-level", "info", "--chdir", str(HERE), *no_control_socket()]
+    command += ["--log-level", "info", *no_control_socket()]
     if "-c" not in flags:
         command += ["-c", os.devnull]
-    process = subprocess.Popen([*command, app], stdout=log, stderr=log, start_new_session=True)
+    return run([*command, app], rival, port, workers, log)
+
+
+def run(command: Sequence[str], rival: str, port: int, processes: int, log: IO[str]) -> Server:
+    """Run the command of a server and wait until so many of its processes are ready."""
+    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=HERE)
     server = Server(rival, psutil.Process(process.pid), port, process)
     deadline = time.monotonic() + READY_WITHIN
-    while not _ready(server, workers):
+    while not _ready(server, processes):
         if process.poll() is not None or time.monotonic() > deadline:
             stop(server)
             log.seek(0)
@@ -165,19 +171,34 @@ def serving(
             stop(server)
 
 
+@contextlib.contextmanager
+def competing(name: str, rival: Any, workers: int, keep: bool = False) -> Iterator[Server]:
+    """Start a server of ``rivals.py``, wait until it is ready, stop it at the end."""
+    port = free_port()
+    with tempfile.TemporaryFile("w+") as log:
+        command = rival.command(port, workers, keep)
+        server = run(command, name, port, rival.processes(workers), log)
+        try:
+            yield server
+        finally:
+            stop(server)
+
+
 def _ready(server: Server, workers: int) -> bool:
-    """Whether the port answers and every worker waits in its event loop."""
+    """Whether the port answers and every worker waits for what comes."""
     with contextlib.suppress(OSError, psutil.Error):
         socket.create_connection(("127.0.0.1", server.port), timeout=1).close()
         children = server.arbiter.children()
-        return len(children) == workers and all(map(_in_poll, children))
+        # Those of other servers may have a helper beside them.
+        return len(children) >= workers and sum(map(_waits, children)) >= workers
     return False
 
 
-def _in_poll(process: psutil.Process) -> bool:
-    # epoll, or what sync workers use. A process that boots sleeps elsewhere, if at all.
+def _waits(process: psutil.Process) -> bool:
+    # epoll, or what sync workers use, or granian's main thread. A process that boots sleeps
+    # elsewhere, if at all.
     where = Path(f"/proc/{process.pid}/wchan").read_text()
-    return "poll" in where or "select" in where
+    return any(word in where for word in ("poll", "select", "futex", "accept"))
 
 
 @dataclass

@@ -52,6 +52,7 @@ class Outcome:
     failed: int = 0
     by_worker: list[int] = dataclasses.field(default_factory=list)
     sent: int = 0
+    seconds: float = 0.0  # from the first arrival to the last answer
 
 
 class Connection:
@@ -125,6 +126,7 @@ async def run(plan: Plan) -> Outcome:
         sending.append(asyncio.ensure_future(send(start + at, path, not other, connection)))
     outcome.sent = len(sending)
     await asyncio.gather(*sending)
+    outcome.seconds = loop.time() - start
     for connection in kept:
         connection.close()
     return outcome

@@ -1,0 +1,120 @@
+"""An experiment that all rivals go through in rounds, interleaved, that can be interrupted.
+
+What has been measured is kept line by line beside the result until the run is complete; the
+next call goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import tqdm
+from rivals import RIVALS
+
+__all__ = ["Contest", "Run"]
+
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One rival's turn.
+
+    Attributes:
+        group: which of the contest's parts.
+        seed: the same for all rivals of a round.
+        seconds: how long each measurement takes.
+    """
+
+    rival: str
+    group: str
+    seed: int
+    seconds: float
+
+
+@dataclass
+class Contest:
+    """What to measure, and on whom.
+
+    Attributes:
+        name: of the result's files.
+        title: one line.
+        measure: returns what came of a turn.
+        report: makes the Markdown from the result.
+        groups: parts of the contest; within each the rivals take turns.
+        rivals: who takes part.
+        smoke: those that a smoke run tries, and its one group.
+    """
+
+    name: str
+    title: str
+    measure: Callable[[Run], Sample]
+    report: Callable[[Sample], str]
+    groups: Sequence[str] = ("",)
+    rivals: Sequence[str] = tuple(RIVALS)
+    smoke: tuple[Sequence[str], str] = (("hermes", "gevent"), "")
+    rounds: int = 3
+    seconds: float = 5.0
+
+    def main(self) -> None:
+        """Run it from the command line and write the result."""
+        parser = harness.parser(self.title, self.name)
+        parser.add_argument("--rounds", type=int, default=self.rounds)
+        parser.add_argument("--seconds", type=float, default=self.seconds)
+        parser.add_argument("--rivals", nargs="+", choices=self.rivals, default=self.rivals)
+        if len(self.groups) > 1:
+            parser.add_argument("--groups", nargs="+", choices=self.groups)
+        parser.add_argument("--fresh", action="store_true", help="forget an interrupted run")
+        given = parser.parse_args()
+        groups: Sequence[str] = getattr(given, "groups", None) or self.groups
+        if given.smoke:
+            given.rounds, given.seconds, given.fresh = 1, 0.3, True
+            given.rivals, groups = self.smoke[0], [self.smoke[1]]
+        runs = list(_turns(given.rivals, groups, given.rounds, given.seconds))
+        samples = self._measured(runs, given.output.with_suffix(".part"), given.fresh)
+        result = {
+            "machine": harness.machine(),
+            "rounds": given.rounds,
+            "seconds": given.seconds,
+            "samples": samples,
+        }
+        harness.write(given.output, result, self.report(result))
+
+    def _measured(self, runs: list[Run], part: Path, fresh: bool) -> list[Sample]:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            part.unlink(missing_ok=True)
+        lines = part.read_text().splitlines() if part.exists() else []
+        samples = [json.loads(line) for line in lines]
+        known = {(each["rival"], each["group"], each["seed"]) for each in samples}
+        todo = [run for run in runs if (run.rival, run.group, run.seed) not in known]
+        with part.open("a") as file:
+            for run in tqdm.tqdm(todo, initial=len(samples), total=len(runs), unit="turn"):
+                sample = {"rival": run.rival, "group": run.group, "seed": run.seed}
+                samples.append(sample | self.measure(run))
+                print(json.dumps(samples[-1]), file=file, flush=True)
+        part.unlink()
+        return samples
+
+
+def _turns(
+    rivals: Sequence[str], groups: Sequence[str], rounds: int, seconds: float
+) -> Iterator[Run]:
+    for seed in range(rounds):
+        for group in groups:
+            # In an order of its own each time: a neighbour's noise hits somebody else.
+            order = random.Random(f"{seed} {group}").sample(list(rivals), len(rivals))
+            for rival in order:
+                yield Run(rival, group, seed, seconds)
+
+
+def present(result: Sample) -> list[str]:
+    """Return the rivals of a result in their usual order."""
+    names = {sample["rival"] for sample in result["samples"]}
+    return [name for name in RIVALS if name in names]
