@@ -21,12 +21,12 @@ def serve(request: pytest.FixtureRequest, launch):
     """Start a server with the documented class."""
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
 
-    def serve(**options):
+    def serve(threshold="0.2", **options):
         if request.param == "shared":
             options |= {"prefix": as_nobody(), "unix": True}
         conf = f"{code}\nworker_class = HermesUvicornWorker\n"
         server = launch(
-            *("--hermes-hang-threshold", "0.2"),
+            *("--hermes-hang-threshold", threshold, "--hermes-rescue-after", threshold),
             **(options | {"worker_class": None, "app": "apps:asgi", "conf": conf}),
         )
         return server.wait_ready()
@@ -35,7 +35,7 @@ def serve(request: pytest.FixtureRequest, launch):
 
 
 def test_kept_alive_connections_are_spread_evenly(serve):
-    server = serve(workers=4)
+    server = serve("1", workers=4)  # other tests use the cores as well
     pids: Counter[bytes] = Counter()
     with contextlib.ExitStack() as stack:
         for _ in range(32):
