@@ -88,14 +88,15 @@ class Server:
 
     def cpu_seconds(self) -> float:
         """Sum what arbiter and workers have used so far, user and system."""
-        return sum(_on_cpu(process.pid) for process in self.processes())
+        return sum(on_cpu(process.pid) for process in self.processes())
 
     def context_switches(self) -> int:
         """Sum the context switches of all their threads so far."""
         return sum(_switches(process.pid) for process in self.processes())
 
 
-def _on_cpu(pid: int) -> float:
+def on_cpu(pid: int) -> float:
+    """Return the CPU time of a process so far, in seconds."""
     # By the nanosecond; the usual times come in ticks of 10 ms.
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
