@@ -276,6 +276,7 @@ def run(name: str, seconds: float, seed: int) -> dict[str, Any]:
         "lost": dict(collections.Counter(how for how, _, _ in lost)),
         "lost_after": [_during(at, when) for _, _, at in lost],
         "slowest": round(outcome["slowest"], 2),
+        "slowest_after": _during(outcome["slowest_at"], when),
         "broke": broke,
         "tracebacks": log.count("Traceback"),
         "log": log if broke or (lost and chaos.way in ("kernel", "shared")) else "",

@@ -29,12 +29,14 @@ class Outcome:
         repeated: by kept-alive clients, as HTTP allows.
         lost: how, from which local port, when (CLOCK_MONOTONIC).
         slowest: seconds.
+        slowest_at: when that one was sent (CLOCK_MONOTONIC).
     """
 
     answered: int = 0
     repeated: int = 0
     lost: list[tuple[str, int, float]] = field(default_factory=list)
     slowest: float = 0.0
+    slowest_at: float = 0.0
 
 
 class Lost(Exception):
@@ -117,7 +119,9 @@ async def run(port: int, rate: float, kept: int, seed: int) -> Outcome:
             outcome.lost.append((str(error), client.port, time.monotonic()))
         else:
             outcome.answered += 1
-            outcome.slowest = max(outcome.slowest, time.monotonic() - started)
+            took = time.monotonic() - started
+            if took > outcome.slowest:
+                outcome.slowest, outcome.slowest_at = took, started
 
     async def keep_alive() -> None:
         client = Client(port)

@@ -7,6 +7,7 @@ its own where nobody else can get at it, what it has not can be taken by a sibli
 from __future__ import annotations
 
 import contextlib
+import os
 import selectors
 import socket
 import time
@@ -90,7 +91,7 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         """Watch the listeners, or not (gunicorn 24+)."""
         self._accepting = self._enabled = enabled
         self.watch_listeners()
-        if not self.alive:
+        if not self.alive or self.ppid != os.getppid():
             self.drain()
 
     def get_thread_pool(self) -> Any:
@@ -171,6 +172,7 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         if self._leaving:
             return
         self._leaving = True
+        self.alive = False  # also when it is the arbiter that has gone
         self.leave()
         self.watch_listeners()
         own = [s for s, exclusive in zip(self.sockets, self.exclusive(), strict=True) if exclusive]

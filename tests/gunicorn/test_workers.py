@@ -287,12 +287,16 @@ def spread(connections: Counter[Any]) -> int:
 
 
 @only(*CLASSES.keys() - {"hermes_sync"})
-def test_who_has_not_spoken_yet_is_answered_by_a_worker_that_leaves(serve):
-    server = serve(*UNHURRIED, workers=1, conf=SAY_WHEN_LEAVING)
+@pytest.mark.parametrize("end", ["told", "orphaned"])
+def test_who_has_not_spoken_yet_is_answered_by_a_worker_that_leaves(serve, end: str):
+    server = serve(*UNHURRIED, "--keep-alive", "30", workers=1, conf=SAY_WHEN_LEAVING)
     (pid,) = server.worker_pids()
     with server.connect() as client:
         server.get("/pid")  # who comes later is accepted later
-        psutil.Process(pid).terminate()
+        if end == "told":
+            psutil.Process(pid).terminate()
+        else:
+            server.process.kill()
         wait_for(lambda: server.lines("leaving"), "a word")
         assert int(client.get("/pid")) == pid
 
