@@ -35,12 +35,23 @@ def burn(seconds):
         pass
 
 
+served = 0
+
+
 def work(path):
-    """Return the body of the answer: /hold/20 holds the worker for 20 ms, /burn/5 burns 5."""
+    """Return the body of the answer: /hold/20 holds the worker for 20 ms, /burn/5 burns 5.
+
+    Of /sometimes/300 every hundredth holds it.
+    """
+    global served
     if path.startswith("/hold/"):
         hold(float(path.removeprefix("/hold/")) / 1000)
     elif path.startswith("/burn/"):
         burn(float(path.removeprefix("/burn/")) / 1000)
+    elif path.startswith("/sometimes/"):
+        served += 1
+        if served % 100 == 0:
+            hold(float(path.removeprefix("/sometimes/")) / 1000)
     return str(os.getpid()).encode()
 
 

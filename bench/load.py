@@ -27,11 +27,12 @@ class Plan:
         port: of 127.0.0.1.
         seed: of arrivals and choices.
         seconds: how long.
-        rate: requests a second, Poisson.
+        rate: requests a second.
         path: what most ask for.
         other_path: what a share of them asks for; those are not measured.
         other_share: 0 to 1.
         connections: kept-alive ones to use; 0: a new one for each request.
+        fixed: whether requests come at fixed intervals; else as a Poisson process.
     """
 
     port: int
@@ -42,6 +43,7 @@ class Plan:
     other_path: str = "/"
     other_share: float = 0.0
     connections: int = 0
+    fixed: bool = False
 
 
 @dataclass
@@ -119,7 +121,11 @@ async def run(plan: Plan) -> Outcome:
                 outcome.latencies.append(loop.time() - due)
 
     start, at, sending = loop.time() + 0.2, 0.0, []
-    while (at := at + chance.expovariate(plan.rate)) < plan.seconds:
+
+    def gap() -> float:
+        return 1 / plan.rate if plan.fixed else chance.expovariate(plan.rate)
+
+    while (at := at + gap()) < plan.seconds:
         other = chance.random() < plan.other_share
         path = plan.other_path if other else plan.path
         connection = chance.choice(kept) if kept else None
