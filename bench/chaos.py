@@ -72,7 +72,9 @@ class Chaos:
         app = "app:asgi" if family == "asgi" else "app:wsgi"
         command = [str(GUNICORN), *flags(family, self.way), "-c", str(folder / "conf.py")]
         command += ["--chdir", str(harness.HERE), "--timeout", str(TIMEOUT)]
-        command += ["--pid", str(self.pidfile), "--threads", "4", "--keep-alive", "30"]
+        command += ["--pid", str(self.pidfile), "--keep-alive", "30"]
+        if family == "gthread":
+            command += ["--threads", "4"]
         command += ["--max-requests", "3000", "--max-requests-jitter", "1000"]
         self.log = (folder / "log").open("w+")
         self.process = subprocess.Popen(
@@ -97,12 +99,14 @@ class Chaos:
         return psutil.Process(int(self.pidfile.read_text()))
 
     def pids(self) -> set[int]:
-        """Return its workers."""
-        with contextlib.suppress(psutil.Error, OSError, ValueError):
-            children = self.master().children()
-            # A new arbiter is a child as well, and has children.
-            return {child.pid for child in children if not child.children()}
-        return set()
+        """Return its workers; an error when the arbiter in charge is changing."""
+        found = set()
+        for child in self.master().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                # A new arbiter is a child as well, and has children.
+                if not child.children():
+                    found.add(child.pid)
+        return found
 
     def settled(self) -> bool:
         """Whether there are as many workers as there are to be, and they are at work."""
@@ -113,20 +117,20 @@ class Chaos:
             )
         return False
 
-    def wait(self, condition: Callable[[], Any]) -> None:
-        """Wait for it."""
+    def wait(self, condition: Callable[[], Any]) -> Any:
+        """Wait for it and return its value; while it cannot be told it does not hold."""
         deadline = time.monotonic() + SETTLED_WITHIN
         while True:
-            with contextlib.suppress(psutil.Error):
-                if condition():
-                    return
+            with contextlib.suppress(psutil.Error, OSError, ValueError):
+                if value := condition():
+                    return value
             if time.monotonic() > deadline or self.process.poll() not in (None, 0):
                 raise TimeoutError
             time.sleep(0.02)
 
     def do(self, event: str, chance: random.Random) -> None:
         """Do something to the server and wait until it has settled."""
-        master, pids = self.master(), sorted(self.pids())
+        master, pids = self.master(), sorted(self.wait(self.pids))
         kind, _, how = event.partition(", ")
         if kind == "hup":
             if how == "workers":
@@ -144,20 +148,20 @@ class Chaos:
                 self.wait(lambda: not self.pids() & set(pids))
         elif kind in ("ttin", "ttou"):
             wanted = self.workers + (1 if kind == "ttin" else -1)
-            if not 1 <= wanted <= 12:
+            if not 2 <= wanted <= 12:
                 return
             self.workers = wanted
             master.send_signal(signal.SIGTTIN if kind == "ttin" else signal.SIGTTOU)
         elif kind.startswith("upgrade"):
             self.upgrade(master, kind)
-        elif kind == "kill" and pids:
+        elif kind == "kill":
             self.kill(psutil.Process(chance.choice(pids)))
-        elif kind == "stop" and pids:
+        elif kind == "stop":
             victim = psutil.Process(chance.choice(pids))
             victim.suspend()
             time.sleep(1)
             victim.resume()
-        elif kind == "timeout" and pids:
+        elif kind == "timeout":
             victim = psutil.Process(chance.choice(pids))
             self.hold(victim)  # until the arbiter kills it
             self.wait(lambda: victim.pid not in self.pids())

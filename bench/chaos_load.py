@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass, field
 
 ANSWERED_WITHIN = 15.0  # seconds
-PAUSE = 0.2  # mean seconds between a kept-alive client's requests
+PAUSE = 1.0  # mean seconds between a kept-alive client's requests
 
 
 @dataclass

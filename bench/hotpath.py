@@ -35,7 +35,7 @@ def main() -> None:
     """Run and write the result."""
     arguments = harness.parser(__doc__, "hotpath").parse_args()
     repeats = 3 if arguments.smoke else 15
-    table = Table.anonymous(2)
+    table = Table(*map(bytearray, Table.sizes(2)))
     table.slots = 2
     pen = Publisher(table, 1)
     pen.connections = pen.requests = 1 << 40  # counting down from here stays positive

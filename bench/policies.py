@@ -75,6 +75,8 @@ class Worker:
             frozen_since_ns=0,
             rescued=0,
             rescued_at_ns=0,
+            pid=0,
+            drained=0,
         )
 
 

@@ -120,7 +120,7 @@ class Bed:
 
 def stage_1(workers: int, runs: int) -> float:
     """Return what a run of stage 1 costs, in microseconds."""
-    table = Table.anonymous(workers + 1)
+    table = Table(*map(bytearray, Table.sizes(workers + 1)))
     table.slots = workers + 1
     table.hang_threshold_ns, table.theta = 10_000_000, 0.5
     for slot in range(1, workers + 1):

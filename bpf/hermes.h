@@ -28,7 +28,7 @@
 #ifndef HERMES_H
 #define HERMES_H
 
-#define HERMES_LAYOUT_VERSION 3
+#define HERMES_LAYOUT_VERSION 4
 #define HERMES_MAX_SLOTS 1024
 #define HERMES_SLOTS_PER_GROUP 64
 #define HERMES_MAX_GROUPS (HERMES_MAX_SLOTS / HERMES_SLOTS_PER_GROUP)
@@ -98,7 +98,8 @@ struct hermes_worker {
 	__u64 capacity; /* requests it can run at once, at least 1; for people */
 	__u64 rescued; /* connections it took from its siblings' listeners */
 	__u64 rescued_at_ns; /* CLOCK_MONOTONIC at which siblings took what waited here; any sibling */
-	__u64 reserved[2];
+	__u64 pid; /* of the owner, in its PID namespace; for people */
+	__u64 drained; /* not 0: to be sent nothing more; whoever runs the server */
 };
 
 /* One bind address: counters by its program, then what the arbiter says about it. */

@@ -18,12 +18,15 @@ import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import gunicorn
 from gunicorn import sock
 
 from hermes_gunicorn import lifecycle, settings
 from hermes_gunicorn.dispatch.kernel import KernelDispatcher, KernelTable
 from hermes_gunicorn.errors import StrictError, Unsupported
 from hermes_gunicorn.listener import address_of
+from hermes_gunicorn.memory import Memory
+from hermes_gunicorn.monitor.launch import Monitor
 from hermes_gunicorn.slots import Slots
 from hermes_gunicorn.table import (
     ALL_SLOTS,
@@ -133,6 +136,9 @@ class Coordinator:
         self.server = server
         self.dispatchers: dict[BaseSocket, KernelDispatcher] = {}
         self.binds: dict[BaseSocket, Bind] = {}
+        self._memory: list[Memory] = []
+        self._bind_memory: dict[BaseSocket, list[Memory]] = {}
+        self._reasons: dict[BaseSocket, str] = {}
         self._listeners: list[BaseSocket] = []
         self._configured: Config | None = None
         self._kernel: KernelTable | Unsupported
@@ -151,13 +157,15 @@ class Coordinator:
             self.table = self._kernel.table
         except Unsupported as error:
             self._kernel = error  # why not, for each listener that asks
-            self.table = Table.anonymous(rows)
+            self._memory = [Memory(size) for size in Table.sizes(rows)]
+            self.table = Table(*(each.memory for each in self._memory))
         self.table.slots = 1
         self._slots = Slots(rows)
         # HUP may bring another worker class; our hooks stay.
         lifecycle.after_setup(server, lambda: install(server.cfg))
         lifecycle.keep_configuration(server)
         lifecycle.after_failed_upgrade(server, self.take_back)
+        self._monitor = Monitor(server.pid, server.log, self._shown)
 
     def prepare(self, strict: bool = False) -> None:
         """Make the dispatchers fit the arbiter's listeners and settings.
@@ -165,8 +173,10 @@ class Coordinator:
         Raises:
             StrictError: ``strict``, and a listener cannot be dispatched to.
         """
-        self._configure()
+        reconfigured = self._configure()
         if self._listeners == self.server.LISTENERS:
+            if reconfigured:
+                self._monitor.update()
             return
         # Those of an address that HUP took away were closed with their listener.
         self._listeners = list(self.server.LISTENERS)
@@ -190,8 +200,12 @@ class Coordinator:
                     ) from error
                 self._report_shared(listener, error)
         self.binds = {listener: self._bind(listener) for listener in self._listeners}
+        for gone in self._bind_memory.keys() - self.binds.keys():
+            for each in self._bind_memory.pop(gone):
+                each.close()
         self._reserve()
         self._report()
+        self._monitor.update()
 
     def _reserve(self) -> None:
         """Open the listeners of the workers to come, twice as many as are wanted.
@@ -211,22 +225,26 @@ class Coordinator:
                 error.strerror,
             )
 
-    def _configure(self) -> None:
+    def _configure(self) -> bool:
         """Publish the settings, once for each configuration; a running server may be tuned."""
         cfg = self.server.cfg
         if cfg is self._configured:
-            return
+            return False
         self._configured = cfg
         self.table.hang_threshold_ns = round(cfg.hermes_hang_threshold * 1e9)
         self.table.policy = POLICIES.index(cfg.hermes_policy)
         self.table.theta = cfg.hermes_theta
         # After a reload there may not be rows for as many groups.
         self.table.localities = min(cfg.hermes_groups, -(-self.table.capacity // SLOTS_PER_GROUP))
+        return True
 
     def _bind(self, listener: BaseSocket) -> Bind:
         if listener in self.dispatchers:
             return self.dispatchers[listener].bind
-        return self.binds.get(listener) or Bind.anonymous()
+        if listener not in self._bind_memory:
+            self._bind_memory[listener] = [Memory(size) for size in Bind.sizes()]
+            return Bind(*(each.memory for each in self._bind_memory[listener]))
+        return self.binds[listener]
 
     def _describe_binds(self) -> None:
         """Publish for each address how it is grouped and which slots may serve it."""
@@ -256,6 +274,7 @@ class Coordinator:
 
     def _report_shared(self, listener: BaseSocket, error: Unsupported | None = None) -> None:
         reason = f"{error.reason}; {error.remedy}" if error else "hermes_mode is shared"
+        self._reasons[listener] = reason
         # Nobody needs to hear that for a Unix socket it is the best there is.
         wanted = error and (self._mode == "kernel" or isinstance(listener, sock.TCPSocket))
         self.server.log.log(
@@ -283,6 +302,34 @@ class Coordinator:
             self.server.num_workers,
             self.table.capacity - 1,
         )
+
+    def _shown(self) -> tuple[dict[str, Any], list[int]]:
+        """Return what the monitor is to know, and the descriptors of what it is to see."""
+        if isinstance(self._kernel, KernelTable):
+            fds = self._kernel.fds()
+        else:
+            fds = [each.fd for each in self._memory]
+        binds = []
+        for listener in self._listeners:
+            dispatcher = self.dispatchers.get(listener)
+            own = self._bind_memory.get(listener, [])
+            fds += dispatcher.fds() if dispatcher else [each.fd for each in own]
+            reason = None if dispatcher else self._reasons.get(listener)
+            mode = "kernel" if dispatcher else "shared"
+            binds.append({"address": str(listener), "mode": mode, "reason": reason})
+        cfg = self.server.cfg
+        about = {
+            "arbiter": self.server.pid,
+            "name": self.server.proc_name,
+            "gunicorn": gunicorn.__version__,
+            "worker_class": cfg.worker_class_str,
+            "rows": self.table.capacity,
+            "stats": cfg.hermes_stats,
+            "uid": cfg.uid,
+            "gid": cfg.gid,
+            "binds": binds,
+        }
+        return about, fds
 
     def assign(self, worker: Worker) -> Assignment:
         """Give a worker a slot and its listeners, before it is forked."""
@@ -333,8 +380,12 @@ class Coordinator:
 
     def leave_to_arbiter(self) -> None:
         """In a worker: close what only the arbiter needs."""
+        self._monitor.leave_to_arbiter()
         for dispatcher in self.dispatchers.values():
             dispatcher.leave_to_arbiter()
+        for memory in (self._memory, *self._bind_memory.values()):
+            for each in memory:
+                each.close()
         if isinstance(self._kernel, KernelTable):
             self._kernel.close()
 

@@ -97,6 +97,16 @@ def _validate_bind_workers(value: Any) -> dict[str, float]:
     return {address: float(share) for address, share in value.items()}
 
 
+def _validate_stats(value: Any) -> str:
+    text = str(value or "").strip()
+    if text.startswith("unix:/") or not text:
+        return text
+    host, colon, port = text.rpartition(":")
+    if not (port.isdecimal() and 0 < int(port) < 65536 and (host or not colon)):
+        raise ValueError(f"hermes_stats must be a port, host:port or unix:/path, not {value!r}")
+    return f"{host.strip('[]') or '127.0.0.1'}:{port}"
+
+
 class HermesLoader(Setting):  # type: ignore[misc]
     name = "hermes_loader"
     section = SECTION
@@ -247,6 +257,23 @@ class HermesBindWorkers(Setting):  # type: ignore[misc]
         address and no other does, whatever happens there. Shares are laid side by
         side in the order given, so two halves have no worker in common. Restarts
         do not change who serves what. Only in the configuration file.
+        """
+
+
+class HermesStats(Setting):  # type: ignore[misc]
+    name = "hermes_stats"
+    section = SECTION
+    cli = ("--hermes-stats",)
+    meta = "ADDRESS"
+    validator = _validate_stats
+    default = ""
+    desc = """\
+        Where to serve a live page, /metrics for Prometheus, and /stats.json.
+
+        A port of this machine (``9091`` or ``127.0.0.1:9091``), another address, or
+        ``unix:`` and a path. Not served by the workers, so it answers while all of them
+        hang. Anybody who reaches it may read it, nobody can change anything by it.
+        Without, ``hermesctl`` shows the same to root and to the server's own user.
         """
 
 

@@ -51,7 +51,7 @@ __all__ = [
     "Table",
 ]
 
-LAYOUT_VERSION: Final = 3
+LAYOUT_VERSION: Final = 4
 MAX_SLOTS: Final = 1024
 SLOTS_PER_GROUP: Final = 64
 MAX_GROUPS: Final = MAX_SLOTS // SLOTS_PER_GROUP
@@ -140,7 +140,8 @@ WORKER: Final = Struct(
         ("capacity", 1),
         ("rescued", 1),
         ("rescued_at_ns", 1),
-        ("reserved", 2),
+        ("pid", 1),
+        ("drained", 1),
     ),
 )
 BIND: Final = Struct(
@@ -176,6 +177,8 @@ _LAST_DISPATCH: Final = WORKER.index("last_dispatch_ns")
 _FROZEN: Final = WORKER.index("frozen_since_ns")
 _RESCUED: Final = WORKER.index("rescued")
 _RESCUED_AT: Final = WORKER.index("rescued_at_ns")
+_PID: Final = WORKER.index("pid")
+_DRAINED: Final = WORKER.index("drained")
 _SLOTS: Final = CONTROL.index("slots")
 _HANG_THRESHOLD: Final = CONTROL.index("hang_threshold_ns")
 _POLICY: Final = CONTROL.index("policy")
@@ -190,7 +193,7 @@ _SEED: Final = BIND.index("seed")
 
 _OWNED_WORDS: Final = (
     *(_BUSY_SINCE, _REQUESTS, _CONNECTIONS, _SETTLED, _ACCEPTED),
-    *(_FROZEN, _RESCUED, _RESCUED_AT),
+    *(_FROZEN, _RESCUED, _RESCUED_AT, _PID, _DRAINED),
 )
 
 
@@ -213,6 +216,8 @@ class Row:
     capacity: int
     rescued: int
     rescued_at_ns: int
+    pid: int
+    drained: int
 
     @property
     def queued(self) -> int:
@@ -237,12 +242,13 @@ class Bind:
     def __init__(self, memory: Buffer, allowed: Buffer) -> None:
         self._words = memoryview(memory).cast("B")[: BIND.size].cast("Q")
         self._allowed = memoryview(allowed).cast("B")[: MAX_GROUPS * ALLOWED.size].cast("Q")
-        self.allowed = ALL_SLOTS
+        if not any(self._allowed):  # new memory
+            self.allowed = ALL_SLOTS
 
-    @classmethod
-    def anonymous(cls) -> Bind:
-        """Make one in memory that forked children share, for use without eBPF."""
-        return cls(mmap.mmap(-1, BIND.size), mmap.mmap(-1, MAX_GROUPS * ALLOWED.size))
+    @staticmethod
+    def sizes() -> tuple[int, int]:
+        """Return how much memory the parts need, in bytes."""
+        return BIND.size, MAX_GROUPS * ALLOWED.size
 
     def release(self) -> None:
         """Let go of the memory."""
@@ -304,20 +310,18 @@ class Table:
         self._groups = memoryview(groups).cast("B")[: MAX_GROUPS * GROUP.size].cast("Q")
         self._rows = memoryview(rows).cast("B").cast("Q")
         self.capacity = len(self._rows) // WORKER.words
-        self.localities = 1
+        if not self.localities:  # new memory
+            self.localities = 1
 
-    @classmethod
-    def anonymous(cls, slots: int) -> Table:
-        """Make a table in memory that forked children share, for use without eBPF."""
-        sizes = (CONTROL.size, MAX_GROUPS * GROUP.size, slots * WORKER.size)
-        return cls(*(mmap.mmap(-1, size) for size in sizes))
+    @staticmethod
+    def sizes(slots: int) -> tuple[int, int, int]:
+        """Return how much memory the parts of a table of so many rows need, in bytes."""
+        return CONTROL.size, MAX_GROUPS * GROUP.size, slots * WORKER.size
 
     @classmethod
     def private(cls) -> Table:
         """Make a table with a single row that nobody else sees."""
-        return cls(
-            bytearray(CONTROL.size), bytearray(MAX_GROUPS * GROUP.size), bytearray(WORKER.size)
-        )
+        return cls(*map(bytearray, cls.sizes(1)))
 
     @property
     def slots(self) -> int:
@@ -367,7 +371,7 @@ class Table:
     def row(self, slot: int) -> Row:
         """Read a slot's row."""
         at = slot * WORKER.words
-        return Row(slot, *self._rows[at : at + _RESCUED_AT + 1])
+        return Row(slot, *self._rows[at : at + WORKER.words])
 
     def rows(self) -> list[Row]:
         """Read the rows in use, the shared slot's first."""
@@ -415,8 +419,14 @@ class Table:
             requests + queued if (queued := (sent - taken) & _MASK) <= _MAX_QUEUED else requests
             for requests, sent, taken in zip(column(_REQUESTS), dispatched, settled, strict=True)
         ]
+        state = column(_STATE)
+        drained = column(_DRAINED)
+        if any(drained):  # to others it is as if it left
+            state = [
+                DRAINING if d and s == READY else s for s, d in zip(state, drained, strict=True)
+            ]
         return Columns(
-            state=column(_STATE),
+            state=state,
             busy_since_ns=column(_BUSY_SINCE),
             frozen_since_ns=column(_FROZEN),
             connections=column(_CONNECTIONS),
@@ -444,10 +454,12 @@ class Table:
             self._groups[group * GROUP.words + _ELIGIBLE] = word
 
     def _ready_bits(self, first: int, last: int) -> int:
-        states = self._rows[first * WORKER.words + _STATE : last * WORKER.words : WORKER.words]
+        start, end = first * WORKER.words, last * WORKER.words
+        states = self._rows[start + _STATE : end : WORKER.words]
+        drained = self._rows[start + _DRAINED : end : WORKER.words]
         word = 0
         for bit, state in enumerate(states):
-            if state == READY:
+            if state == READY and not drained[bit]:
                 word |= 1 << bit
         return word & ~1 if first == SHARED_SLOT else word
 
@@ -492,6 +504,11 @@ class Table:
         end = min(self.slots, self.capacity) * WORKER.words
         return sum(self._rows[_DISPATCHED : end : WORKER.words].tolist())
 
+    def drain(self, slot: int, drained: bool) -> None:
+        """Say whether a worker is to be sent nothing more, until its end or until told else."""
+        self._rows[slot * WORKER.words + _DRAINED] = drained
+        self.refresh_eligible(slot // SLOTS_PER_GROUP)
+
     def mark_frozen(self, slot: int, now_ns: int) -> None:
         """Say that connections wait for a worker that does not leave poll; any sibling."""
         self._rows[slot * WORKER.words + _FROZEN] = now_ns
@@ -527,6 +544,7 @@ class Publisher:
         self._accepted = 0
         self._capacity = 1
         self._state = BOOTING
+        self._pid = self._words[_PID] = os.getpid()
         os.register_at_fork(after_in_child=self._disown)
 
     @classmethod
@@ -604,6 +622,11 @@ class Publisher:
         self._words[_RESCUED] = (self._words[_RESCUED] + 1) & _MASK
 
     @property
+    def drained(self) -> bool:
+        """Whether this worker is to leave what comes to others."""
+        return self._words[_DRAINED] != 0
+
+    @property
     def lost(self) -> bool:
         """Whether siblings have taken what waited here since the last dispatch."""
         return self._words[_RESCUED_AT] > self._words[_LAST_DISPATCH]
@@ -642,6 +665,7 @@ class Publisher:
 
     def refresh(self) -> None:
         """Publish anew all that stays as it is, should someone have scribbled over it."""
+        self._words[_PID] = self._pid
         self._words[_CAPACITY] = self._capacity
         self._words[_WEIGHT] = WEIGHT // self._capacity
         self._words[_CONNECTIONS] = self.connections

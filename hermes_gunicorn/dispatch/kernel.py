@@ -25,6 +25,7 @@ from hermes_gunicorn import loader
 from hermes_gunicorn.errors import Unsupported
 from hermes_gunicorn.listener import waiting
 from hermes_gunicorn.loader import syscall
+from hermes_gunicorn.memory import Mapping
 from hermes_gunicorn.table import (
     ALLOWED,
     BIND,
@@ -95,6 +96,10 @@ class KernelTable:
             self.close()
             raise _unsupported(error) from error
 
+    def fds(self) -> list[int]:
+        """Return the descriptors of the table's parts, for another process to map."""
+        return [map.fd for map in self._maps.values()]
+
     def maps(self) -> dict[str, syscall.Map]:
         """Return the shared maps by name."""
         return dict(self._maps)
@@ -142,7 +147,7 @@ class KernelDispatcher:
         self._shared = shared
         self._listeners: dict[int, BaseSocket] = {}
         self._maps: list[syscall.Map] = []
-        self._mappings: list[syscall.Mapping] = []
+        self._mappings: list[Mapping] = []
         self.program_fd = -1
         reuseport = shared.sock.getsockopt(socket.SOL_SOCKET, _SO_REUSEPORT)
         try:
@@ -219,6 +224,10 @@ class KernelDispatcher:
             listener.close()
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return listener
+
+    def fds(self) -> list[int]:
+        """Return the descriptors of the bind's parts, for another process to map."""
+        return [map.fd for map in self._maps if map is not self._array]
 
     def open_slot(self, slot: int) -> BaseSocket:
         """Return the slot's listener, opened if need be, and dispatch to it."""

@@ -49,9 +49,10 @@ class Admission:
 
     def admits(self) -> bool:
         """Tell whether to accept what waits; if not, not before the pause is over."""
+        drained = self._publisher.drained
         # A moment is enough for those who have something else to do.
-        better = self._better(only_in_poll=self._pauses > 0)
-        if better and self._pauses < _PATIENCE:
+        better = self._better(only_in_poll=self._pauses > 0 and not drained)
+        if better and (drained or self._pauses < _PATIENCE):
             self._pauses += 1
             self._until = monotonic_ns() + round(PAUSE * 1e9)
             return False
@@ -77,7 +78,12 @@ class Admission:
         table, slot = self._publisher.table, self._publisher.slot
         columns = table.group(0, min(table.slots, table.capacity))
         now, threshold_ns = monotonic_ns(), table.hang_threshold_ns
-        if table.policy == CASCADE:
+        if self._publisher.drained:
+            others = range(len(columns.state))
+            better = [
+                other for other in others if policy.is_live(columns, other, now, threshold_ns)
+            ]
+        elif table.policy == CASCADE:
             selected = table.selected()
             better = [
                 other

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 import platform
 import socket
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hermes_gunicorn.errors import BpfError, Unsupported
+from hermes_gunicorn.memory import Mapping
 
 if TYPE_CHECKING:
     from hermes_gunicorn.loader.program import Program
@@ -93,38 +93,6 @@ def _bpf(command: int, attributes: bytes, call: str) -> int:
 
 def _address(buffer: ctypes.Array[ctypes.c_char]) -> int:
     return ctypes.addressof(buffer)
-
-
-class Mapping:
-    """Memory shared through a file descriptor, without keeping that open.
-
-    Python's own mmap keeps a duplicate, so every worker would hold one of each map.
-
-    Attributes:
-        memory: the bytes, writable.
-
-    Raises:
-        OSError: from mmap(2).
-    """
-
-    def __init__(self, fd: int, size: int) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._libc.mmap.restype = ctypes.c_void_p
-        size_t, integer, offset = ctypes.c_size_t, ctypes.c_int, ctypes.c_long
-        size_t, integer, offset = ctypes.c_size_t, ctypes.c_int, ctypes.c_long
-        self._libc.mmap.argtypes = (ctypes.c_void_p, size_t, *(integer,) * 3, offset)
-        self._libc.munmap.argtypes = (ctypes.c_void_p, size_t)
-        protection = mmap.PROT_READ | mmap.PROT_WRITE
-        self._address = self._libc.mmap(None, size, protection, mmap.MAP_SHARED, fd, 0)
-        if self._address == ctypes.c_void_p(-1).value:
-            raise OSError(ctypes.get_errno(), "mmap")
-        self.size = size
-        self.memory = memoryview((ctypes.c_char * size).from_address(self._address)).cast("B")
-
-    def close(self) -> None:
-        """Unmap it; an error while views of it are in use."""
-        self.memory.release()
-        self._libc.munmap(self._address, self.size)
 
 
 class Map:

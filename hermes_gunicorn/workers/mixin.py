@@ -148,7 +148,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
 
     def look(self) -> None:
         """Help siblings in need."""
-        if self._rescuer is None:
+        if self._rescuer is None or self.publisher.drained:
             return
         try:
             self._rescuer.look()

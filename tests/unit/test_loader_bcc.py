@@ -37,7 +37,7 @@ def test_llvm_does_not_stay(source):
     ("old", "new", "says"),
     [
         ("__u64 requests;", "__u64 requests, extra;", "size of struct hermes_worker"),
-        ("HERMES_LAYOUT_VERSION 3", "HERMES_LAYOUT_VERSION 4", "HERMES_LAYOUT_VERSION"),
+        ("HERMES_LAYOUT_VERSION 4", "HERMES_LAYOUT_VERSION 5", "HERMES_LAYOUT_VERSION"),
     ],
 )
 def test_another_layout_is_refused_by_name(source, old, new, says):

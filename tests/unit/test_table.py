@@ -17,7 +17,7 @@ SECOND = 1_000_000_000
 @pytest.fixture
 def shared() -> Table:
     """A table of three groups in memory that forked children share."""
-    result = Table.anonymous(3 * table.SLOTS_PER_GROUP)
+    result = Table(*map(bytearray, Table.sizes(3 * table.SLOTS_PER_GROUP)))
     result.slots = 3 * table.SLOTS_PER_GROUP
     return result
 

@@ -1,0 +1,103 @@
+"""The monitor's process: a new interpreter, started by the arbiter, without its files."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from hermes_gunicorn.monitor import control
+from hermes_gunicorn.monitor.watch import EVERY, Watch
+from hermes_gunicorn.table import Bind, Table
+
+__all__ = ["main"]
+
+_IDLE: Final = 60.0  # seconds after which it ends when nobody has asked
+_MESSAGE: Final = 1 << 18  # bytes
+_FDS: Final = 253  # SCM_MAX_FD
+_PR_SET_NAME: Final = 15
+
+
+def main(channel: int, listener: int = -1) -> None:
+    """Serve until the arbiter is gone or nobody wants to know any more.
+
+    Args:
+        channel: a socket on which the arbiter tells what there is to see.
+        listener: the one that hermesctl connects to.
+    """
+    if os.fork():  # so that it is not the arbiter's to reap
+        os._exit(0)
+    _close_all_but(channel, listener)
+    for number in (signal.SIGINT, signal.SIGHUP):  # from a terminal; meant for the arbiter
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, b"hermes-monitor", 0, 0, 0)
+    arbiter = socket.socket(fileno=channel)
+    watch = Watch()
+    about = _told(arbiter, watch)
+    if about is None:
+        return
+    allowed = {0, os.geteuid()}
+    stats = _serve_stats(watch, about)
+    _drop_privileges(about)
+    server = None
+    if listener >= 0:
+        server = control.Server(socket.socket(fileno=listener), watch, allowed)
+        server.start()
+    arbiter.settimeout(EVERY)
+    while stats or (server and time.monotonic() - server.asked_at < _IDLE):
+        with contextlib.suppress(TimeoutError):
+            if _told(arbiter, watch) is None:
+                return
+        watch.sample()
+
+
+def _told(arbiter: socket.socket, watch: Watch) -> dict[str, Any] | None:
+    """Take what the arbiter tells; None when it is gone."""
+    message, fds, _, _ = socket.recv_fds(arbiter, _MESSAGE, _FDS)
+    if not message:
+        return None
+    about: dict[str, Any] = json.loads(message)
+    sizes = list(Table.sizes(about["rows"]))
+    for _ in about["binds"]:
+        sizes += Bind.sizes()
+    watch.show(about, fds, sizes)
+    for fd in fds:
+        os.close(fd)
+    return about
+
+
+def _serve_stats(watch: Watch, about: dict[str, Any]) -> bool:
+    if not about["stats"]:
+        return False
+    from hermes_gunicorn.monitor import web
+
+    try:
+        web.serve(watch, about["stats"])
+    except OSError as error:
+        print(f"hermes: no statistics on {about['stats']}: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def _drop_privileges(about: dict[str, Any]) -> None:
+    """Become who the workers are."""
+    if os.geteuid() == 0 and (about["uid"], about["gid"]) != (0, 0):
+        os.setgroups([])
+        os.setgid(about["gid"])
+        os.setuid(about["uid"])
+
+
+def _close_all_but(*kept: int) -> None:
+    for name in [path.name for path in Path("/proc/self/fd").iterdir()]:
+        fd = int(name)
+        if fd > 2 and fd not in kept:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(fd)
