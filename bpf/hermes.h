@@ -99,7 +99,7 @@ struct hermes_worker {
 	__u64 rescued; /* connections it took from its siblings' listeners */
 	__u64 rescued_at_ns; /* CLOCK_MONOTONIC at which siblings took what waited here; any sibling */
 	__u64 pid; /* of the owner, in its PID namespace; for people */
-	__u64 drained; /* not 0: to be sent nothing more; whoever runs the server */
+	__u64 drained; /* 1: to be sent nothing more; whoever runs the server */
 };
 
 /* One bind address: counters by its program, then what the arbiter says about it. */

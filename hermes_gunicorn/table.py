@@ -421,9 +421,10 @@ class Table:
         ]
         state = column(_STATE)
         drained = column(_DRAINED)
-        if any(drained):  # to others it is as if it left
+        if 1 in drained:  # to others it is as if it left
             state = [
-                DRAINING if d and s == READY else s for s, d in zip(state, drained, strict=True)
+                DRAINING if d == 1 and s == READY else s
+                for s, d in zip(state, drained, strict=True)
             ]
         return Columns(
             state=state,
@@ -459,7 +460,7 @@ class Table:
         drained = self._rows[start + _DRAINED : end : WORKER.words]
         word = 0
         for bit, state in enumerate(states):
-            if state == READY and not drained[bit]:
+            if state == READY and drained[bit] != 1:
                 word |= 1 << bit
         return word & ~1 if first == SHARED_SLOT else word
 
@@ -624,7 +625,7 @@ class Publisher:
     @property
     def drained(self) -> bool:
         """Whether this worker is to leave what comes to others."""
-        return self._words[_DRAINED] != 0
+        return self._words[_DRAINED] == 1
 
     @property
     def lost(self) -> bool:
@@ -666,6 +667,8 @@ class Publisher:
     def refresh(self) -> None:
         """Publish anew all that stays as it is, should someone have scribbled over it."""
         self._words[_PID] = self._pid
+        if self._words[_DRAINED] > 1:
+            self._words[_DRAINED] = 0
         self._words[_CAPACITY] = self._capacity
         self._words[_WEIGHT] = WEIGHT // self._capacity
         self._words[_CONNECTIONS] = self.connections

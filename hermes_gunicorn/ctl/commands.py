@@ -68,6 +68,18 @@ def _ask(server: int, what: str, **asked: Any) -> Any:
         raise _fail(str(error)) from error
 
 
+def _statuses(chosen: int | None) -> list[dict[str, Any]]:
+    servers, found = _servers(chosen), []
+    for each in servers:
+        try:
+            found.append(control.ask(each, "status"))
+        except HermesError as error:
+            # One of several may have ended since they were looked for.
+            if len(servers) == 1:
+                raise _fail(str(error)) from error
+    return found
+
+
 @app.command()
 def top(
     server: Server = None,
@@ -79,7 +91,7 @@ def top(
     """Show every worker of every server, live."""
 
     def look() -> list[dict[str, Any]]:
-        return [_ask(each, "status") for each in _servers(server)]
+        return _statuses(server)
 
     if as_json:
         print(json.dumps(look()))
@@ -99,7 +111,7 @@ def top(
 @app.command()
 def status(server: Server = None, as_json: AsJson = False) -> None:
     """Say whether all is well; the exit code is 0 if so, 1 if not, 2 without an answer."""
-    found = [_ask(each, "status") for each in _servers(server)]
+    found = _statuses(server)
     if as_json:
         print(json.dumps(found))
     else:
@@ -190,7 +202,7 @@ def explain(server: Server = None) -> None:
 def _why(view: policy.View, row: Row, now_ns: int, chosen: bool) -> str:
     if not view.allowed >> row.slot & 1:
         return "does not serve this address (hermes_bind_workers)"
-    if row.drained:
+    if row.drained == 1:
         return "drained"
     if not view.eligible >> row.slot & 1:
         return "not ready"

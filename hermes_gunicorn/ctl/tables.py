@@ -37,27 +37,33 @@ def condition(worker: dict[str, Any]) -> str:
     return "busy" if worker["busy"] else "in poll"
 
 
+def _table(*names: str) -> Table:
+    """Make a table; a name with a colon is that of a column of text."""
+    table = Table(box=None, header_style="dim", padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(
+            name.rstrip(":"), justify="left" if name.endswith(":") else "right", no_wrap=True
+        )
+    return table
+
+
 def server(status: dict[str, Any], sort: str) -> Group:
     """Show a server: a headline, its workers, its bind addresses."""
-    workers = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("slot", "pid", "state", "busy", "requests", "conns", "queued", "conns/s"):
-        workers.add_column(name, justify="left" if name == "state" else "right")
-    for name in ("dispatched", "rescued", "hangs", "lives", "CPU %", "MiB"):
-        workers.add_column(name, justify="right")
+    workers = _table(
+        *("slot", "pid", "state:", "busy", "req", "conn", "wait", "new/s", "resc", "hang"),
+        *("cpu %", "MiB"),
+    )
     descending = sort not in ("slot", "pid")
     for each in sorted(status["workers"], key=lambda w: w[sort], reverse=descending):
         word = condition(each)
         workers.add_row(
             *(str(each["slot"]), str(each["pid"]), word, seconds(each["busy"])),
             *(str(each["requests"]), str(each["connections"]), str(each["queued"])),
-            *(f"{each['dispatched_per_s']:.1f}", str(each["dispatched"]), str(each["rescued"])),
-            *(str(each["hangs"]), str(each["lives"]), f"{each['cpu_percent']:.0f}"),
-            f"{each['rss'] / 2**20:.0f}",
+            *(f"{each['dispatched_per_s']:.1f}", str(each["rescued"]), str(each["hangs"])),
+            *(f"{each['cpu_percent']:.0f}", f"{each['rss'] / 2**20:.0f}"),
             style=_STYLES.get(word, ""),
         )
-    binds = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("bind", "mode", "dispatched", "to the shared listener", "hung skipped"):
-        binds.add_column(name, justify="left" if name in ("bind", "mode") else "right")
+    binds = _table("bind:", "mode:", "dispatched", "all hung", "skipped as hung")
     for each in status["binds"]:
         binds.add_row(
             *(each["address"], each["mode"], str(each["dispatched"])),
@@ -82,9 +88,7 @@ def headline(status: dict[str, Any]) -> Text:
 
 def events(listed: list[dict[str, Any]]) -> Table:
     """Show what has happened, the oldest first."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("time", "what", "slot", ""):
-        table.add_column(name)
+    table = _table("time:", "what:", "slot", ":")
     for each in listed:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each["at"]))
         text = each["text"]

@@ -206,7 +206,7 @@ class Watch:
             "busy": round((now - row.busy_since_ns) / 1e9, 6) if row.busy_since_ns else 0.0,
             "hung": policy.is_hung(row.busy_since_ns, now, self.table.hang_threshold_ns),
             "frozen": row.frozen_since_ns > 0,
-            "drained": bool(row.drained),
+            "drained": row.drained == 1,
             "eligible": eligible,
             "requests": row.requests,
             "capacity": row.capacity,

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from hermes_gunicorn import table
+from hermes_gunicorn.memory import Memory
 from hermes_gunicorn.table import DRAINING, FREE, READY, SHARED_SLOT, WORKER, Publisher, Table
 
 SECOND = 1_000_000_000
@@ -17,7 +18,7 @@ SECOND = 1_000_000_000
 @pytest.fixture
 def shared() -> Table:
     """A table of three groups in memory that forked children share."""
-    result = Table(*map(bytearray, Table.sizes(3 * table.SLOTS_PER_GROUP)))
+    result = Table(*(Memory(size).memory for size in Table.sizes(3 * table.SLOTS_PER_GROUP)))
     result.slots = 3 * table.SLOTS_PER_GROUP
     return result
 
@@ -197,3 +198,30 @@ def test_a_word_is_one_native_store():
     pen.opened(own=False)
     at = WORKER.index("connections") * 8
     assert struct.unpack_from("=Q", memory, at) == (1,)
+
+
+def test_a_drained_worker_is_sent_nothing_more_until_its_end(shared):
+    shared.claim(1)
+    pen = Publisher(shared, 1)
+    pen.ready(4)
+    shared.drain(1, True)
+    assert pen.drained
+    assert shared.eligible() == 0
+    assert shared.group(0, 2).state[1] == DRAINING
+    pen.refresh()  # what it does once a second
+    assert shared.eligible() == 0
+    shared.drain(1, False)
+    assert shared.eligible() == 0b10
+    shared.drain(1, True)
+    shared.release(1)
+    shared.claim(1)
+    Publisher(shared, 1).ready(4)
+    assert shared.eligible() == 0b10
+
+
+def test_looking_at_a_table_does_not_change_it(shared):
+    shared.localities, shared.policy = 3, 1
+    at = [shared._control, shared._groups, shared._rows]
+    before = [part.tolist() for part in at]
+    assert Table(*at).localities == 3
+    assert [part.tolist() for part in at] == before
