@@ -67,6 +67,8 @@ def test_flags_win_over_the_file(start):
         ("loader", "llvm", "must be one of auto, object, bcc"),
         ("hang_threshold", "soon", "must be 0 (off) or 0.001 to 3600 seconds"),
         ("hang_threshold", "-1", "must be 0 (off) or 0.001 to 3600 seconds"),
+        ("stats", "localhost", "must be a port, host:port or unix:/path"),
+        ("stats", ":80", "must be a port, host:port or unix:/path"),
     ],
 )
 @pytest.mark.parametrize("place", ["flag", "file"])
