@@ -45,17 +45,21 @@ def main(channel: int, listener: int = -1) -> None:
     if about is None:
         return
     allowed = {0, os.geteuid()}
-    stats = _serve_stats(watch, about)
+    where, served = about["stats"], False
+    if where:
+        served = _serve_stats(watch, where, complain=True)
     _drop_privileges(about)
     server = None
     if listener >= 0:
         server = control.Server(socket.socket(fileno=listener), watch, allowed)
         server.start()
     arbiter.settimeout(EVERY)
-    while stats or (server and time.monotonic() - server.asked_at < _IDLE):
+    while where or (server and time.monotonic() - server.asked_at < _IDLE):
         with contextlib.suppress(TimeoutError):
             if _told(arbiter, watch) is None:
                 return
+        if where and not served:  # an older server's monitor may have it still
+            served = _serve_stats(watch, where, complain=False)
         watch.sample()
 
 
@@ -65,24 +69,22 @@ def _told(arbiter: socket.socket, watch: Watch) -> dict[str, Any] | None:
     if not message:
         return None
     about: dict[str, Any] = json.loads(message)
-    sizes = list(Table.sizes(about["rows"]))
-    for _ in about["binds"]:
-        sizes += Bind.sizes()
-    watch.show(about, fds, sizes)
+    sizes = [*Table.sizes(about["rows"]), *len(about["binds"]) * Bind.sizes()]
+    if len(sizes) == len(fds):  # else it was asked while it changed, and will tell more
+        watch.show(about, fds, sizes)
     for fd in fds:
         os.close(fd)
     return about
 
 
-def _serve_stats(watch: Watch, about: dict[str, Any]) -> bool:
-    if not about["stats"]:
-        return False
+def _serve_stats(watch: Watch, where: str, complain: bool) -> bool:
     from hermes_gunicorn.monitor import web
 
     try:
-        web.serve(watch, about["stats"])
+        web.serve(watch, where)
     except OSError as error:
-        print(f"hermes: no statistics on {about['stats']}: {error}", file=sys.stderr, flush=True)
+        if complain:
+            print(f"hermes: no statistics on {where}: {error}", file=sys.stderr, flush=True)
         return False
     return True
 

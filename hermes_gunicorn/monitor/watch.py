@@ -203,7 +203,7 @@ class Watch:
             "slot": row.slot,
             "pid": row.pid,
             "state": _name(STATES, row.state),
-            "busy": round((now - row.busy_since_ns) / 1e9, 6) if row.busy_since_ns else 0.0,
+            "busy": max(round((now - row.busy_since_ns) / 1e9, 6), 0) if row.busy_since_ns else 0,
             "hung": policy.is_hung(row.busy_since_ns, now, self.table.hang_threshold_ns),
             "frozen": row.frozen_since_ns > 0,
             "drained": row.drained == 1,
@@ -224,15 +224,17 @@ class Watch:
 
     def _look_at(self, pid: int) -> _Process:
         known = self._processes.get(pid)
-        with contextlib.suppress(psutil.Error):
+        # The number is what a worker wrote there.
+        with contextlib.suppress(psutil.Error, ValueError, OverflowError):
             if known is None:
                 known = self._processes[pid] = _Process(psutil.Process(pid))
             now = time.monotonic()
             if now - known.at >= _POINT:
                 times = known.process.cpu_times()
                 used = times.user + times.system
-                if known.at:
-                    known.percent = round(100 * (used - known.used) / (now - known.at), 1)
+                if not known.at:  # the first time, since it was started
+                    known.at = now - max(time.time() - known.process.create_time(), 0.01)
+                known.percent = round(100 * (used - known.used) / (now - known.at), 1)
                 known.at, known.used = now, used
                 known.rss = known.process.memory_info().rss
             return known
