@@ -126,7 +126,7 @@ class Chaos:
                     return value
             if time.monotonic() > deadline or self.process.poll() not in (None, 0):
                 raise TimeoutError
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def do(self, event: str, chance: random.Random) -> None:
         """Do something to the server and wait until it has settled."""
@@ -278,7 +278,9 @@ def run(name: str, seconds: float, seed: int) -> dict[str, Any]:
         "repeated": outcome["repeated"],
         "inside_killed": len(excused),
         "lost": dict(collections.Counter(how for how, _, _ in lost)),
-        "lost_after": [_during(at, when) for _, _, at in lost],
+        "lost_after": dict(
+            collections.Counter(_during(at, when).rpartition(" +")[0] for _, _, at in lost)
+        ),
         "slowest": round(outcome["slowest"], 2),
         "slowest_after": _during(outcome["slowest_at"], when),
         "broke": broke,
@@ -350,6 +352,7 @@ def main() -> None:
             runs.append(one)
             shown = {key: value for key, value in one.items() if key != "log"}
             print(json.dumps(shown), flush=True)
+    logs = [one.pop("log") for one in runs]
     result = {
         "machine": harness.machine(),
         "seconds": arguments.seconds,
@@ -357,9 +360,7 @@ def main() -> None:
         "runs": runs,
     }
     harness.write(arguments.output, result, table(result))
-    for one in runs:
-        if one["log"]:
-            print(one["log"], file=sys.stderr)
+    print(*filter(None, logs), sep="\n", end="", file=sys.stderr)
     ours = [one for one in runs if SERVERS[one["server"]][1] in ("kernel", "shared")]
     if any(one["lost"] or one["broke"] for one in ours):
         raise SystemExit("something was lost")
