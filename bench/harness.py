@@ -110,6 +110,22 @@ def _switches(pid: int) -> int:
     return total
 
 
+def kernel_objects(pid: int) -> set[tuple[str, str]]:
+    """Return kind and id of the eBPF programs and maps that a process has open."""
+    found = set()
+    for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.update(re.findall(r"(prog|map)_id:\s+(\d+)", path.read_text()))
+    return found
+
+
+def bpftool(kind: str, number: str) -> dict[str, Any]:
+    """Return what bpftool shows of a program or map; empty when it is gone."""
+    command = ["bpftool", "-j", kind, "show", "id", number]
+    shown = subprocess.run(command, capture_output=True, check=False)
+    return json.loads(shown.stdout) if shown.returncode == 0 else {}
+
+
 def free_port() -> int:
     """Find a port nobody listens on."""
     with socket.socket() as sock:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -33,16 +31,6 @@ def wait_for(condition: Callable[[], Any]) -> None:
         time.sleep(0.01)
 
 
-def in_kernel() -> Counter[str]:
-    """Count our programs and maps in the whole kernel."""
-    found: Counter[str] = Counter()
-    for kind in ("prog", "map"):
-        shown = subprocess.run(["bpftool", "-j", kind, "show"], capture_output=True, check=True)
-        names = [each.get("name", "") for each in json.loads(shown.stdout)]
-        found[kind] = sum(name.startswith("hermes") for name in names)
-    return found
-
-
 def held(arbiter: psutil.Process) -> dict[str, float]:
     """Count what the arbiter has open, by kind, and its memory in MiB."""
     links = []
@@ -61,7 +49,6 @@ def held(arbiter: psutil.Process) -> dict[str, float]:
 
 def run(mode: str, lives: int, reloads: int) -> dict[str, Any]:
     """Put a server through so many lives, between two looks at what it holds."""
-    outside = in_kernel()
     with harness.serving(mode, WORKERS, MODES[mode]) as server:
         arbiter = server.arbiter
 
@@ -90,7 +77,8 @@ def run(mode: str, lives: int, reloads: int) -> dict[str, Any]:
                 lived += WORKERS
             reload()
         after = held(arbiter)
-    wait_for(lambda: in_kernel() == outside)
+        objects = harness.kernel_objects(arbiter.pid)
+    wait_for(lambda: not any(harness.bpftool(*each) for each in objects))
     return {"mode": mode, "lives": lived, "reloads": reloads, "before": before, "after": after}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,22 @@ PARTS = ("counters", "scheduler", "program", "rescue")
 SYSCTL = Path("/proc/sys/kernel/bpf_stats_enabled")
 
 
-def program() -> tuple[int, int]:
-    """Return how often our program has run and for how many nanoseconds."""
-    shown = subprocess.run(["bpftool", "-j", "prog", "show"], capture_output=True, check=True)
-    ours = [p for p in json.loads(shown.stdout) if p.get("name", "").startswith("hermes")]
-    return sum(p.get("run_cnt", 0) for p in ours), sum(p.get("run_time_ns", 0) for p in ours)
+def program(arbiter: int) -> int:
+    """Return for how many nanoseconds the server's program has run."""
+    objects = harness.kernel_objects(arbiter)
+    programs = [harness.bpftool(kind, number) for kind, number in objects if kind == "prog"]
+    return sum(program.get("run_time_ns", 0) for program in programs)
 
 
 def serve(policy: str, rate: int, seconds: float, conf: str) -> tuple[int, float, int]:
     """Load a server; return requests, its CPU seconds, nanoseconds in the program."""
     flags = ["-k", "hermes", "--hermes-strict", "--hermes-policy", policy, "-c", conf]
     with harness.serving("hermes", WORKERS, flags, "app:wsgi") as server:
-        cpu, (_, ran) = server.cpu_seconds(), program()
+        cpu, ran = server.cpu_seconds(), program(server.arbiter.pid)
         plan = Plan(port=server.port, seed=1, seconds=seconds, rate=rate, path="/burn/0.2")
         outcome = load(plan)
-        return outcome.sent, server.cpu_seconds() - cpu, program()[1] - ran
+        cpu, ran = server.cpu_seconds() - cpu, program(server.arbiter.pid) - ran
+        return outcome.sent, cpu, ran
 
 
 def sample(policy: str, level: str, seconds: float) -> dict[str, Any]:
