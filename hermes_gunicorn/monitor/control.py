@@ -2,7 +2,7 @@
 
 It has no permissions of its own, being in the abstract namespace: the kernel says who
 connects (SO_PEERCRED), and only root and the arbiter's own user are answered. The other way
-round, hermesctl asks the kernel who listens, and believes only root and its own user.
+round, hermesctl asks the kernel who listens, and believes that process only.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+import psutil
 
 from hermes_gunicorn.errors import HermesError
 from hermes_gunicorn.monitor.launch import socket_name
@@ -119,13 +121,24 @@ def servers() -> list[Found]:
     names = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()[1:]}
     found = []
     for name in sorted(name for name in names if name.startswith(prefix)):
-        with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(_ANSWERED_WITHIN)
-            sock.connect("\0" + name[1:])
-            _, uid = _peer(sock)
+        # Not by connecting: nobody accepts there until a monitor is wanted.
+        with contextlib.suppress(psutil.Error, ValueError):
             arbiter = int(name.removeprefix(prefix))
+            uid = psutil.Process(arbiter).uids().effective
             found.append(Found(arbiter, uid, os.geteuid() in (0, uid)))
     return found
+
+
+def _connect(sock: socket.socket, name: str) -> None:
+    """Connect, in time also where the queue is full at first."""
+    deadline = time.monotonic() + _ANSWERED_WITHIN
+    while True:
+        try:
+            return sock.connect(name)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def ask(arbiter: int, what: str, **asked: Any) -> Any:
@@ -137,11 +150,11 @@ def ask(arbiter: int, what: str, **asked: Any) -> Any:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(_ANSWERED_WITHIN)
         try:
-            sock.connect(socket_name(arbiter))
-            pid, uid = _peer(sock)  # of the arbiter, which opened the socket
-            if os.geteuid() not in (0, uid):
-                raise PermissionError
-            os.kill(pid, signal.SIGURG)
+            # First, so that somebody accepts: others may have filled the queue.
+            os.kill(arbiter, signal.SIGURG)
+            _connect(sock, socket_name(arbiter))
+            if _peer(sock)[0] != arbiter:  # which opened the socket
+                raise HermesError(f"it is not server {arbiter} that answers for it")
             file = sock.makefile("rwb")
             file.write(json.dumps({"do": what, **asked}).encode() + b"\n")
             file.flush()
@@ -150,7 +163,7 @@ def ask(arbiter: int, what: str, **asked: Any) -> Any:
             raise HermesError(
                 f"server {arbiter} belongs to another user; ask as that user or as root"
             ) from None
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, ProcessLookupError):
             raise HermesError(f"there is no server with pid {arbiter}") from None
         except OSError as error:
             raise HermesError(f"server {arbiter} does not answer: {error}") from error

@@ -124,6 +124,35 @@ def test_another_user_is_told_nothing(server):
     assert run.stdout == "b''\n" or "ConnectionReset" in run.stderr or "BrokenPipe" in run.stderr
 
 
+def test_others_cannot_keep_the_owner_from_asking(server):
+    code = (
+        "import socket, time; held = []\n"
+        "for _ in range(40):\n"
+        "    s = socket.socket(socket.AF_UNIX); s.setblocking(False)\n"
+        f"    s.connect_ex({socket_name(server.process.pid)!r}); held.append(s)\n"
+        "print(flush=True); time.sleep(60)"
+    )
+    command = [*as_nobody(), sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline()
+        assert status(server)["healthy"]
+        other.kill()
+
+
+def test_nobody_can_answer_for_a_server():
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(socket_name(os.getppid()))
+        sock.listen()
+        run = subprocess.run(
+            [str(HERMESCTL), "status", "--server", str(os.getppid())],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert run.returncode == 2
+    assert "not server" in run.stderr
+
+
 def test_the_servers_own_user_may_ask(launch):
     server = launch(prefix=as_nobody("+bpf")).wait_ready()
     run = ctl(server, "status", prefix=as_nobody())
