@@ -574,6 +574,10 @@ class Publisher:
         self._words[_BUSY_SINCE] = self._woke = monotonic_ns()
         self._words[_FROZEN] = 0
 
+    def turns(self) -> None:
+        """The loop has left poll, for something that may not count as work."""
+        self._words[_FROZEN] = 0
+
     def polls(self) -> None:
         """The loop is about to wait in poll."""
         if self._woke >= self._turned_at:

@@ -104,6 +104,8 @@ class _Server:
         self._watching = wanted
 
     def _on_readable(self) -> None:
+        # A sibling may have taken what woke it up; uvloop tells of a turn with work only.
+        self._worker.publisher.turns()
         for _ in range(1 if self._contested else _AT_A_TIME):
             if not self._worker.has_room() or not (self._own or self._worker.admits(self._index)):
                 break

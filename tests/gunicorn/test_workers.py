@@ -124,7 +124,7 @@ def timed(server: Server) -> tuple[float, int]:
 
 
 def test_all_workers_answer(serve):
-    server = serve(workers=3)
+    server = serve(*UNHURRIED, workers=3)
     with under_load(server) as failures:
         seen = {int(server.get("/pid")) for _ in range(100)}
     assert seen == server.worker_pids()
