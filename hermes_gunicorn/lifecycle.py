@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gunicorn import sock
+from gunicorn.config import Config
 
 if TYPE_CHECKING:
     from gunicorn.arbiter import Arbiter
-    from gunicorn.config import Config
     from gunicorn.sock import BaseSocket
 
 __all__ = ["after_failed_upgrade", "after_setup", "keep_configuration"]
@@ -88,7 +88,7 @@ def _listeners(server: Arbiter, cfg: Config) -> list[BaseSocket] | None:
     if old == new or server.systemd or any(isinstance(each, int) for each in old + new):
         return None
     here = dict(zip(old, server.LISTENERS, strict=True))
-    added = copy.copy(cfg)
+    added = Config(cfg.usage, cfg.prog)  # before gunicorn 24 it cannot be copied
     added.settings = cfg.settings | {"bind": copy.copy(cfg.settings["bind"])}
     binds = zip(cfg.settings["bind"].get(), new, strict=True)
     added.settings["bind"].value = [text for text, address in binds if address not in here]
