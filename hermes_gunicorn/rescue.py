@@ -9,7 +9,9 @@ One look every 10 ms is enough for all, so they share a clock: whoever looks say
 the table when that is to happen again. Busy workers pass here anyway; for the case that
 none does each has a timer, of a phase of its own, so that their turns are evenly spread
 and the more there are the fewer each has. It ticks fast while somebody waits for help,
-and the timers slow down while nothing is dispatched.
+and the timers slow down while nothing is dispatched. So does that of a worker which goes
+to sleep without a request while nothing waits, under the policy that prefers idle ones:
+as long as it sleeps, what comes wakes it or another idle one.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ from typing import Any, Final
 
 from hermes_gunicorn import policy
 from hermes_gunicorn.listener import waiting
-from hermes_gunicorn.table import SHARED_SLOT, Publisher, Row
+from hermes_gunicorn.table import LEAST_LOADED, Publisher, Row
 
 __all__ = ["Rescuer"]
 
 _MS: Final = 1_000_000
 _TICK_NS: Final = _MS  # between looks while somebody waits for help
 _LOOK_NS: Final = 10 * _MS  # between looks else
+_IDLE_NS: Final = 50 * _MS  # between looks by workers without a request
 _LONGEST_NS: Final = 1000 * _MS  # between one worker's looks
 _HANDSHAKE_NS: Final = 1000 * _MS  # what was sent to a worker may arrive so much later
 _AT_A_TIME: Final = 4  # so that those who look next have their share
@@ -78,12 +81,12 @@ class Rescuer:
         # Further ahead than it is ever set is nonsense that somebody has scribbled there.
         if not self._inline and 0 < left <= _LOOK_NS:
             if self.next_ns <= now:
-                self._plan(now)
+                self._plan(now, bool(self._waiting(now)))
             return
-        rows = [self._table.row(slot) for slot in self._table.queues()]
+        rows = self._waiting(now)
         if self._inline:
             rows.sort(key=_waits_since)
-        self._plan(now)
+        self._plan(now, bool(rows))
         wanted, taken = now + _LOOK_NS, self._taken
         for row in rows:
             due = self._help_if_due(row, now)
@@ -95,25 +98,33 @@ class Rescuer:
                 break
         self._table.look_at_ns = wanted
 
-    def _plan(self, now: int) -> None:
-        """Choose this worker's next turn: all have the same length, and follow each other."""
+    def _waiting(self, now: int) -> list[Row]:
+        """Read the rows of those siblings on which connections wait."""
+        rows = [self._table.row(slot) for slot in self._table.queues() if slot in self._siblings]
+        return [
+            row
+            for row in rows
+            # Unless emptied, and what was sent there has had the time to arrive.
+            if row.rescued_at_ns <= row.last_dispatch_ns
+            or now - row.last_dispatch_ns <= _HANDSHAKE_NS
+        ]
+
+    def _plan(self, now: int, waiting: bool) -> None:
+        """Choose this worker's next turn: those of equal length follow each other."""
         sent = self._table.sent()
         self._quiet = 1 if sent != self._sent else min(2 * self._quiet, _LONGEST_NS // _LOOK_NS)
         self._sent = sent
         eligible = self._table.eligible()
-        length = self._round(_LOOK_NS * self._quiet)
+        idle = not (waiting or self._publisher.requests) and self._table.policy == LEAST_LOADED
+        workers = max(eligible.bit_count(), 1)
+        length = min((_IDLE_NS if idle else _LOOK_NS) * self._quiet * workers, _LONGEST_NS)
         before = (eligible & (1 << self._publisher.slot) - 1).bit_count()
-        phase = before * length // max(eligible.bit_count(), 1)
+        phase = before * length // workers
         self.next_ns = now + length - (now - phase) % length
 
     def _help_if_due(self, row: Row, now: int) -> int:
         """Help the owner of a slot on which connections wait; return when to look again."""
         slot = row.slot
-        if slot in (SHARED_SLOT, self._publisher.slot) or slot not in self._siblings:
-            return policy.NEVER
-        # Emptied, and what was sent there has had the time to arrive.
-        if row.rescued_at_ns > row.last_dispatch_ns and now - row.last_dispatch_ns > _HANDSHAKE_NS:
-            return policy.NEVER
         threshold_ns = self._table.hang_threshold_ns
         due = policy.rescue_at(row, self._rescue_after_ns, threshold_ns)
         if due > now:

@@ -28,6 +28,7 @@ def launch(tmp_path: Path) -> Iterator[Start]:
     yield start
     for server in servers:
         server.kill()
+        print(server.log)  # shown if the test fails
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def server(request: pytest.FixtureRequest, launch) -> Server:
         "flask": ([], "flask_app:app"),
         "django": (["--pythonpath", "django_project"], "example.wsgi"),
     }[request.param]
-    server: Server = launch(*flags, worker_class=None, app=app, files=EXAMPLES)
+    server: Server = launch("-w", "2", *flags, worker_class=None, app=app, files=EXAMPLES)
     wait_for(lambda: len(server.worker_pids()) == 2 and server.lines("hermes: kernel"), "workers")
 
     def answers() -> bool:

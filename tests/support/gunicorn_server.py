@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -41,21 +42,26 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = READY_WIT
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """Find a port nobody listens on."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-        sock.bind((host, 0))
-        return int(sock.getsockname()[1])
+    """Find a port nobody listens on, below those that the kernel gives to clients."""
+    while True:
+        port = random.randrange(10_000, 32_768)
+        with (
+            socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock,
+            contextlib.suppress(OSError),
+        ):
+            sock.bind((host, port))
+            return port
 
 
-def as_nobody(*capabilities: str) -> list[str]:
-    """Return the command prefix that makes a server run as user nobody.
+def as_nobody(*capabilities: str, uid: int = 65534) -> list[str]:
+    """Return the command prefix that makes a server run as user nobody, or another.
 
     It may read any file, as nobody knows where this checkout lies, but has no other
     capability than the given ones.
     """
     wanted = ",".join(["-all", "+dac_read_search", *capabilities])
     return [
-        *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
+        *("setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"),
         *(f"--inh-caps={wanted}", f"--ambient-caps={wanted}"),
     ]
 
