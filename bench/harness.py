@@ -215,7 +215,7 @@ def _waits(process: psutil.Process) -> bool:
     # epoll, or what sync workers use, or granian's main thread. A process that boots sleeps
     # elsewhere, if at all.
     where = Path(f"/proc/{process.pid}/wchan").read_text()
-    return any(word in where for word in ("poll", "select", "futex", "accept"))
+    return any(word in where for word in ("poll", "select", "futex", "mutex", "accept"))
 
 
 @dataclass

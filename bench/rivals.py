@@ -14,7 +14,7 @@ from pathlib import Path
 
 import harness
 
-__all__ = ["OURS", "RIVALS", "Rival"]
+__all__ = ["GUNICORN", "OURS", "RIVALS", "Rival"]
 
 _BIN = Path(sys.executable).parent
 _BACKLOG = 2048  # gunicorn's
@@ -96,13 +96,13 @@ OURS: dict[str, Rival] = {
     "hermes_gthread": _ours("hermes_gthread", "kernel"),
     "hermes_asgi": _ours("hermes_asgi", "kernel"),
 }
+GUNICORN: dict[str, Rival] = OURS | {
+    f"{worker}{suffix}": _gunicorn(worker, *flags)
+    for worker in ("gevent", "sync", "gthread", "asgi")
+    for suffix, flags in (("", ()), (", reuse-port", ("--reuse-port",)))
+}
 RIVALS: dict[str, Rival] = {
-    **OURS,
-    **{
-        f"{worker}{suffix}": _gunicorn(worker, *flags)
-        for worker in ("gevent", "sync", "gthread", "asgi")
-        for suffix, flags in (("", ()), (", reuse-port", ("--reuse-port",)))
-    },
+    **GUNICORN,
     "uwsgi": _uwsgi(),
     "uwsgi, thunder-lock": _uwsgi("--thunder-lock"),
     "uwsgi, reuse-port": _uwsgi("--reuse-port"),

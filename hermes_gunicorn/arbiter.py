@@ -27,6 +27,7 @@ from hermes_gunicorn.errors import StrictError, Unsupported
 from hermes_gunicorn.listener import address_of
 from hermes_gunicorn.memory import Memory
 from hermes_gunicorn.monitor.launch import Monitor
+from hermes_gunicorn.monitor.statsd import Reporter
 from hermes_gunicorn.slots import Slots
 from hermes_gunicorn.table import (
     ALL_SLOTS,
@@ -166,6 +167,8 @@ class Coordinator:
         lifecycle.keep_configuration(server)
         lifecycle.after_failed_upgrade(server, self.take_back)
         self._monitor = Monitor(server.pid, server.log, self._shown)
+        self._statsd = Reporter(self.table)
+        lifecycle.at_turn(server, self._report_metrics)
 
     def prepare(self, strict: bool = False) -> None:
         """Make the dispatchers fit the arbiter's listeners and settings.
@@ -302,6 +305,9 @@ class Coordinator:
             self.server.num_workers,
             self.table.capacity - 1,
         )
+
+    def _report_metrics(self) -> None:
+        self._statsd.report(self.server.log, self.binds.values())
 
     def _shown(self) -> tuple[dict[str, Any], list[int]]:
         """Return what the monitor is to know, and the descriptors of what it is to see."""

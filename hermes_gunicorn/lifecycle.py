@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gunicorn.arbiter import Arbiter
     from gunicorn.sock import BaseSocket
 
-__all__ = ["after_failed_upgrade", "after_setup", "keep_configuration"]
+__all__ = ["after_failed_upgrade", "after_setup", "at_turn", "keep_configuration"]
 
 
 class _Rejected(Exception):
@@ -34,6 +34,24 @@ def after_setup(server: Arbiter, call: Callable[[], None]) -> None:
         call()
 
     server.setup = setup_and_call
+
+
+def at_turn(server: Arbiter, call: Callable[[], None]) -> None:
+    """Have something called whenever the arbiter's loop turns: every second, or sooner."""
+    murder_workers = server.murder_workers
+    works = True
+
+    def murder_workers_and_call() -> None:
+        nonlocal works
+        murder_workers()
+        if works:
+            try:
+                call()
+            except Exception:
+                works = False
+                server.log.exception("hermes: error in the arbiter's loop; no more metrics")
+
+    server.murder_workers = murder_workers_and_call
 
 
 def keep_configuration(server: Arbiter) -> None:

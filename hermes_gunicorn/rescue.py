@@ -49,8 +49,6 @@ class Rescuer:
             it belongs to.
         take: accepts a connection from such a listener, and says if there was one.
         room: whether the worker could serve one more.
-        inline: ``take`` serves it as well. Then one is taken at a look, of those that wait
-            longest, and looks are as frequent as requests.
     """
 
     def __init__(
@@ -60,7 +58,6 @@ class Rescuer:
         siblings: Mapping[int, Sequence[tuple[int, Any]]],
         take: Callable[[int, Any], bool],
         room: Callable[[], bool],
-        inline: bool,
     ) -> None:
         self._publisher = publisher
         self._table = publisher.table
@@ -68,32 +65,39 @@ class Rescuer:
         self._siblings = siblings
         self._take = take
         self._room = room
-        self._inline = inline
         self._quiet = 1  # grows while nothing happens
+        self._relaxed = False  # sleeps longer, as long as nothing waits
         self._sent = 0
         self._taken = 0
         self.next_ns = 0
 
-    def look(self) -> None:
-        """Take what waits on siblings that need help; say in ``next_ns`` when to come again."""
+    def look(self, one: bool) -> None:
+        """Take what waits on siblings that need help; say in ``next_ns`` when to come again.
+
+        Args:
+            one: a request holds the worker. Then one connection is taken at a look, of those
+                that wait longest, and looks are as frequent as requests.
+        """
         now = monotonic_ns()
         left = self._table.look_at_ns - now
         # Further ahead than it is ever set is nonsense that somebody has scribbled there.
-        if not self._inline and 0 < left <= _LOOK_NS:
-            if self.next_ns <= now:
+        if not one and 0 < left <= _LOOK_NS:
+            waiting = self._relaxed and bool(self._publisher.requests or self._waiting(now))
+            if waiting or self.next_ns <= now:
                 self._plan(now, bool(self._waiting(now)))
             return
         rows = self._waiting(now)
-        if self._inline:
+        if one:
             rows.sort(key=_waits_since)
         self._plan(now, bool(rows))
         wanted, taken = now + _LOOK_NS, self._taken
         for row in rows:
-            due = self._help_if_due(row, now)
+            due = self._help_if_due(row, now, 1 if one else _AT_A_TIME)
             wanted = min(wanted, max(due, now + _TICK_NS))
             if due <= now:  # each has its tick while help is needed
-                self.next_ns = min(self.next_ns, now + self._round(_TICK_NS))
-            if self._inline and self._taken != taken:
+                due = now + self._round(_TICK_NS)
+            self.next_ns = min(self.next_ns, due)
+            if one and self._taken != taken:
                 self.next_ns = now  # after what waits for this worker itself
                 break
         self._table.look_at_ns = wanted
@@ -115,14 +119,17 @@ class Rescuer:
         self._quiet = 1 if sent != self._sent else min(2 * self._quiet, _LONGEST_NS // _LOOK_NS)
         self._sent = sent
         eligible = self._table.eligible()
-        idle = not (waiting or self._publisher.requests) and self._table.policy == LEAST_LOADED
+        self._relaxed = (
+            not (waiting or self._publisher.requests) and self._table.policy == LEAST_LOADED
+        )
+        pace = _IDLE_NS if self._relaxed else _LOOK_NS
         workers = max(eligible.bit_count(), 1)
-        length = min((_IDLE_NS if idle else _LOOK_NS) * self._quiet * workers, _LONGEST_NS)
+        length = min(pace * self._quiet * workers, _LONGEST_NS)
         before = (eligible & (1 << self._publisher.slot) - 1).bit_count()
         phase = before * length // workers
         self.next_ns = now + length - (now - phase) % length
 
-    def _help_if_due(self, row: Row, now: int) -> int:
+    def _help_if_due(self, row: Row, now: int, most: int) -> int:
         """Help the owner of a slot on which connections wait; return when to look again."""
         slot = row.slot
         threshold_ns = self._table.hang_threshold_ns
@@ -141,11 +148,11 @@ class Rescuer:
             if not any(waiting(listener) for _, listener in self._siblings[slot]):
                 return now
             self._table.mark_frozen(slot, now)
-        self._help(slot, now)
+        self._help(slot, now, most)
         return now
 
-    def _help(self, slot: int, now: int) -> None:
-        enough = self._taken + (1 if self._inline else _AT_A_TIME)
+    def _help(self, slot: int, now: int, most: int) -> None:
+        enough = self._taken + most
         for index, listener in self._siblings[slot]:
             while self._taken < enough and self._room() and self._take(index, listener):
                 self._publisher.rescued()

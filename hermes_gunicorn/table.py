@@ -488,15 +488,16 @@ class Table:
             self._rows[at + word] = 0
 
     def queues(self) -> list[int]:
-        """List the slots to which more connections were sent than were taken."""
+        """List the workers' slots to which more connections were sent than were taken."""
         end = min(self.slots, self.capacity) * WORKER.words
-        dispatched = self._rows[_DISPATCHED : end : WORKER.words].tolist()
-        settled = self._rows[_SETTLED : end : WORKER.words].tolist()
+        # Nobody settles what was sent to the shared slot.
+        dispatched = self._rows[WORKER.words + _DISPATCHED : end : WORKER.words].tolist()
+        settled = self._rows[WORKER.words + _SETTLED : end : WORKER.words].tolist()
         if dispatched == settled:  # as nearly always
             return []
         return [
             slot
-            for slot, (sent, taken) in enumerate(zip(dispatched, settled, strict=True))
+            for slot, (sent, taken) in enumerate(zip(dispatched, settled, strict=True), 1)
             if 0 < (sent - taken) & _MASK <= _MAX_QUEUED
         ]
 
@@ -529,11 +530,14 @@ class Publisher:
     Args:
         table: the table.
         slot: the row.
+
+    Attributes:
+        turn: when the loop woke last, CLOCK_MONOTONIC in nanoseconds.
     """
 
     def __init__(self, table: Table, slot: int) -> None:
         self.table = table
-        self._woke = 0
+        self.turn = 0
         self._turned: Callable[[int], int] = lambda woke_ns: _MASK
         self._turned_at = 0
         self.slot = slot
@@ -571,7 +575,7 @@ class Publisher:
 
     def woke(self) -> None:
         """The loop has left poll with work to do."""
-        self._words[_BUSY_SINCE] = self._woke = monotonic_ns()
+        self._words[_BUSY_SINCE] = self.turn = monotonic_ns()
         self._words[_FROZEN] = 0
 
     def turns(self) -> None:
@@ -580,8 +584,8 @@ class Publisher:
 
     def polls(self) -> None:
         """The loop is about to wait in poll."""
-        if self._woke >= self._turned_at:
-            self._turned_at = self._turned(self._woke)
+        if self.turn >= self._turned_at:
+            self._turned_at = self._turned(self.turn)
         self._words[_BUSY_SINCE] = 0
 
     def opened(self, own: bool, requests: int = 1) -> None:

@@ -106,7 +106,7 @@ class _Server:
     def _on_readable(self) -> None:
         # A sibling may have taken what woke it up; uvloop tells of a turn with work only.
         self._worker.publisher.turns()
-        for _ in range(1 if self._contested else _AT_A_TIME):
+        for _ in range(1 if self._contested or self._worker.holds else _AT_A_TIME):
             if not self._worker.has_room() or not (self._own or self._worker.admits(self._index)):
                 break
             if not self.take_from(self._listener, self._own):
@@ -290,7 +290,8 @@ def _watch_poll(loop: Any, publisher: Publisher) -> None:
 
         def select(timeout: float | None = None) -> Any:
             publisher.polls()
-            events = poll(timeout)
+            # What was taken from a sibling just now is to be served now.
+            events = poll(0 if loop._ready else timeout)
             publisher.woke()
             return events
 

@@ -29,6 +29,10 @@ _NOBODY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ECONNABORTED)
 _LAST, _FIRST = -2, 2  # libev's priorities
 
 
+def _nothing() -> None:
+    pass
+
+
 class _Address:
     """Stands for a listener where gunicorn asks its name: it may be closed by then."""
 
@@ -47,6 +51,7 @@ class PublishingServer(StreamServer):  # type: ignore[misc]
     publisher: Publisher
     exclusive: bool
     _pause: Any = None
+    _turn = 0  # of the loop, in which it accepted last
 
     def start_accepting(self) -> None:
         """Watch the listener, unless it is for other workers to serve."""
@@ -80,8 +85,11 @@ class PublishingServer(StreamServer):  # type: ignore[misc]
         """Accept a connection, if this worker is to have it."""
         if not (self.exclusive or self.worker.admits(self.index)):
             return self._leave_to_others()
+        if self._turn == self.publisher.turn and self.worker.holds:
+            return None
         connection = super().do_read()
         if connection:
+            self._turn = self.publisher.turn
             self.publisher.opened(self.exclusive)
         return connection
 
@@ -140,6 +148,7 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
         its own: ours comes after it, and before all that poll has found.
         """
         loop = get_hub().loop
+        self._at_once = loop.timer(0, ref=False)
         self._poll_watchers = (
             loop.prepare(ref=False, priority=_LAST),
             loop.check(ref=False, priority=_FIRST),
@@ -181,6 +190,9 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
         self._look_timer.start(self._watch_siblings)
 
     def _take(self, index: int, listener: Any) -> bool:
+        # At the end of a turn gevent has run its callbacks already: the new greenlet would
+        # not start before something else wakes the loop.
+        self._at_once.start(_nothing)
         return self._servers[index].take_from(listener)
 
     def _has_room(self) -> bool:

@@ -25,6 +25,7 @@ __all__ = ["HANDSHAKE_GRACE", "HermesMixin"]
 
 HANDSHAKE_GRACE: Final = 1.0  # seconds: a connection sent here may still be on its way
 _MIND_NS: Final = 1_000_000  # between ends of turns at which more than publishing is done
+_HOLDS_NS: Final = 2_000_000  # a turn so long is that of an application that does not yield
 _BOOKED_WITHIN: Final = 0.01  # seconds: the kernel chooses first and books then
 _QUIET_NS: Final = 3_000_000_000  # without a dispatch for so long, none is on its way
 
@@ -38,11 +39,14 @@ class HermesMixin(_Base):  # type: ignore[misc]
     Attributes:
         assignment: the place the arbiter gave it; None if that failed.
         publisher: the pen for its row, from ``init_process`` on.
+        holds: whether requests hold the loop; then more than one should not be accepted at
+            a time, as nobody else can serve it any more.
     """
 
     assignment: arbiter.Assignment | None = None
     publisher: Publisher
     serves_inline = False  # accepting a connection is serving it
+    holds = False
     _rescuer: Rescuer | None = None
     _admissions: Mapping[int, Admission] = {}
     _refreshed = 0.0
@@ -137,7 +141,6 @@ class HermesMixin(_Base):  # type: ignore[misc]
                     siblings,
                     lambda index, listener: allowed(index) and take(index, listener),
                     room,
-                    self.serves_inline,
                 )
         self.publisher.at_turn(self._turned)
         self.publisher.ready(capacity)
@@ -151,7 +154,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
         if self._rescuer is None or self.publisher.drained:
             return
         try:
-            self._rescuer.look()
+            self._rescuer.look(self.serves_inline or self.holds)
         except Exception:
             self._rescuer = None
             self.log.exception("hermes: no more rescue from this worker")
@@ -175,8 +178,10 @@ class HermesMixin(_Base):  # type: ignore[misc]
 
     def _turned(self, woke_ns: int) -> int:
         """At the end of a turn of the loop: what was lost meanwhile, who needs help."""
+        busy_ns = monotonic_ns() - woke_ns
+        self.holds = busy_ns > _HOLDS_NS
         if self.publisher.lost and self.publisher.drifted:
-            self._tell(monotonic_ns() - woke_ns)
+            self._tell(busy_ns)
             self.settle()
         self.look()
         return 0 if self.serves_inline else min(self._schedule(woke_ns), woke_ns + _MIND_NS)

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from gunicorn_server import GUNICORN, as_nobody, free_port, wait_for
+from gunicorn_server import GUNICORN, HAS_CONTROL_SOCKET, as_nobody, free_port, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
 from hermes_gunicorn.monitor.launch import socket_name
@@ -312,6 +312,55 @@ def test_a_reload_moves_the_statistics(start, tmp_path):
     server.signal(signal.SIGHUP)
     wait_for(lambda: not old & server.worker_pids(), "new workers")
     wait_for(lambda: connects(f"127.0.0.1:{port}"), "the new address")
+
+
+# gunicorn's own channels.
+
+
+def test_statsd_gets_ours_beside_gunicorns_own(start):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sink:
+        sink.bind(("127.0.0.1", 0))
+        sink.settimeout(10)
+        heard: list[str] = []
+
+        def hears(metric: str) -> bool:
+            heard.append(sink.recv(4096).decode())
+            return any(line.startswith(metric) for line in heard)
+
+        to = f"127.0.0.1:{sink.getsockname()[1]}"
+        server = start("--statsd-host", to, "--statsd-prefix", "shop", workers=2)
+        wait_for(lambda: hears("shop.hermes.workers.hung:0|g"), "a gauge")
+        with server.connect() as client:
+            client.send("/block?10")
+            wait_for(lambda: hears("shop.hermes.workers.hung:1|g"), "the hang")
+            wait_for(lambda: hears("shop.hermes.requests:1|g"), "its request")
+            assert client.receive()[0] == 200
+        heard.clear()
+        wait_for(lambda: hears("shop.hermes.workers.hung:0|g"), "its end")
+        server.get("/pid")
+        wait_for(lambda: hears("shop.hermes.connections.dispatched:"), "a counter")
+        wait_for(lambda: hears("shop.gunicorn.requests:1|c"), "gunicorn's own")
+
+
+@pytest.mark.skipif(not HAS_CONTROL_SOCKET, reason="this gunicorn has no gunicornc")
+def test_gunicornc_still_tells_the_truth(start):
+    server = start(workers=3, control=True)
+
+    def show(what: str) -> dict[str, Any]:
+        run = subprocess.run(
+            [GUNICORN.with_name("gunicornc"), "-s", server.control, "-c", f"show {what}", "-j"],
+            capture_output=True,
+            check=True,
+            timeout=30,
+        )
+        answer: dict[str, Any] = json.loads(run.stdout)
+        return answer
+
+    assert {worker["pid"] for worker in show("workers")["workers"]} == server.worker_pids()
+    (listener,) = show("listeners")["listeners"]
+    assert listener["address"] == f"http://127.0.0.1:{server.port}"
+    stats = show("stats")
+    assert (stats["pid"], stats["workers_current"]) == (server.process.pid, 3)
 
 
 def test_questions_do_not_disturb_a_server_under_load(server):

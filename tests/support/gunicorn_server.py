@@ -158,6 +158,7 @@ class Server:
         self.folder = folder
         self.port: int = options.pop("port", None) or free_port()
         self.log_path = folder / "gunicorn.log"
+        self.control = str(folder / "ctl")
         self.tls = "--certfile" in arguments
         bind: list[str] = options.pop("bind", [f"127.0.0.1:{self.port}"])
         workers: int = options.pop("workers", 2)
@@ -168,6 +169,7 @@ class Server:
         app: str = options.pop("app", "apps:app")
         files: Path | None = options.pop("files", None)
         unix: bool = options.pop("unix", False)
+        control: bool = options.pop("control", False)
         if unix:
             bind = [f"unix:{folder / 'sock'}"]
         if prefix:
@@ -185,7 +187,7 @@ class Server:
         for address in bind:
             command += ["-b", address]
         if HAS_CONTROL_SOCKET:
-            command.append("--no-control-socket")
+            command += ["--control-socket", self.control] if control else ["--no-control-socket"]
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen(
                 [*command, *arguments, app],

@@ -34,9 +34,9 @@ def longest_sleep(table: Table, requests: int = 0) -> int:
         for _ in range(requests):
             publisher.began()
         siblings = {other: [] for other in range(1, WORKERS + 1) if other != slot}
-        rescuer = Rescuer(publisher, 5_000_000, siblings, lambda *_: False, bool, False)
+        rescuer = Rescuer(publisher, 5_000_000, siblings, lambda *_: False, bool)
         table.look_at_ns = 0
-        rescuer.look()
+        rescuer.look(one=False)
         longest = max(longest, rescuer.next_ns - time.monotonic_ns())
     return longest
 
