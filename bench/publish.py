@@ -187,6 +187,7 @@ class _Tables(dict[str, str]):
         name = name.replace("_", "-") if not (RESULTS / f"{name}.md").exists() else name
         text = (RESULTS / f"{name}.md").read_text().partition("\n")[2].strip()
         text = text.replace("\n## ", "\n### ")
+        text = text.replace(f"]({name}.svg)", f"](../bench/results/{name}.svg)")
         if name in PICTURES:
             return f"![{name}](benchmarks/{name}.svg)\n\n{text}"
         return text
@@ -200,10 +201,10 @@ def main() -> None:
         if PAGE.read_text() != page():
             raise SystemExit("docs/benchmarks.md is not what bench/publish.py makes; run it")
         return
-    PLOTS.mkdir(exist_ok=True)
     for name, draw in PICTURES.items():
         source = RESULTS / f"{name}.json"
         if source.exists():
+            PLOTS.mkdir(exist_ok=True)
             draw(json.loads(source.read_text()), PLOTS / f"{name}.svg")
     PAGE.write_text(page())
 

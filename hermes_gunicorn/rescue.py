@@ -79,24 +79,26 @@ class Rescuer:
                 that wait longest, and looks are as frequent as requests.
         """
         now = monotonic_ns()
-        left = self._table.look_at_ns - now
-        # Further ahead than it is ever set is nonsense that somebody has scribbled there.
-        if not one and 0 < left <= _LOOK_NS:
-            waiting = self._relaxed and bool(self._publisher.requests or self._waiting(now))
-            if waiting or self.next_ns <= now:
-                self._plan(now, bool(self._waiting(now)))
-            return
         rows = self._waiting(now)
+        busy = bool(rows or self._publisher.requests)
+        if self.next_ns <= now or (busy and self._relaxed):
+            self._plan(now, busy)
+        # Further ahead than it is ever set is nonsense that somebody has scribbled there.
+        recently = 0 < self._table.look_at_ns - now <= _LOOK_NS
+        if not rows or (recently and not one):
+            if not recently:
+                self._table.look_at_ns = now + _LOOK_NS
+            return
         if one:
             rows.sort(key=_waits_since)
-        self._plan(now, bool(rows))
         wanted, taken = now + _LOOK_NS, self._taken
         for row in rows:
             due = self._help_if_due(row, now, 1 if one else _AT_A_TIME)
             wanted = min(wanted, max(due, now + _TICK_NS))
             if due <= now:  # each has its tick while help is needed
-                due = now + self._round(_TICK_NS)
-            self.next_ns = min(self.next_ns, due)
+                self.next_ns = min(self.next_ns, now + self._round(_TICK_NS))
+            elif 0 < row.busy_since_ns < now - _TICK_NS:  # else it most likely accepts just now
+                self.next_ns = min(self.next_ns, due)
             if one and self._taken != taken:
                 self.next_ns = now  # after what waits for this worker itself
                 break
@@ -113,15 +115,13 @@ class Rescuer:
             or now - row.last_dispatch_ns <= _HANDSHAKE_NS
         ]
 
-    def _plan(self, now: int, waiting: bool) -> None:
+    def _plan(self, now: int, busy: bool) -> None:
         """Choose this worker's next turn: those of equal length follow each other."""
         sent = self._table.sent()
         self._quiet = 1 if sent != self._sent else min(2 * self._quiet, _LONGEST_NS // _LOOK_NS)
         self._sent = sent
         eligible = self._table.eligible()
-        self._relaxed = (
-            not (waiting or self._publisher.requests) and self._table.policy == LEAST_LOADED
-        )
+        self._relaxed = not busy and self._table.policy == LEAST_LOADED
         pace = _IDLE_NS if self._relaxed else _LOOK_NS
         workers = max(eligible.bit_count(), 1)
         length = min(pace * self._quiet * workers, _LONGEST_NS)

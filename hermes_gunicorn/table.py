@@ -584,7 +584,8 @@ class Publisher:
 
     def polls(self) -> None:
         """The loop is about to wait in poll."""
-        if self.turn >= self._turned_at:
+        # By the end of the turn: the one that took long began soon after another, often.
+        if monotonic_ns() >= self._turned_at:
             self._turned_at = self._turned(self.turn)
         self._words[_BUSY_SINCE] = 0
 

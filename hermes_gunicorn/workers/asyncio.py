@@ -23,6 +23,7 @@ __all__ = ["HermesAsyncioMixin"]
 
 _NOBODY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ECONNABORTED)
 _AT_A_TIME: Final = 16  # connections, before others have their turn of the loop
+_STARTS_WITHIN: Final = 0.005  # seconds from accepting a connection to its request, mostly
 _NO_FILES: Final = 1.0  # seconds to wait when no more can be opened, as asyncio does
 
 
@@ -51,8 +52,9 @@ class _Connection(socket.socket):
 _connection: ContextVar[_Connection | None] = ContextVar("hermes_connection", default=None)
 
 
-def _counting(publisher: Publisher, app: Any) -> Any:
+def _counting(worker: HermesAsyncioMixin, app: Any) -> Any:
     """Count the application's requests while they are in flight."""
+    publisher = worker.publisher
     if not inspect.iscoroutinefunction(app) and not inspect.iscoroutinefunction(
         getattr(app, "__call__", None)  # noqa: B004  (not whether it can be called)
     ):
@@ -65,6 +67,7 @@ def _counting(publisher: Publisher, app: Any) -> Any:
         connection = _connection.get()
         if connection is not None and connection.first_request:
             connection.first_request = False
+            worker.starts()
         else:
             publisher.began()
         try:
@@ -138,6 +141,7 @@ class _Server:
         connection.first_request = True
         connection.worker = self._worker
         self._worker.publisher.opened(own)
+        self._worker.accepted()
         self._connecting += 1
         self._loop.create_task(self._serve(connection))
         return True
@@ -210,9 +214,11 @@ class HermesAsyncioMixin(HermesMixin):
     asgi: Any
     wsgi: Any
     _leaving = False
+    _starting: asyncio.TimerHandle | None = None
+    _look_timer: asyncio.TimerHandle | None = None
 
     async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         self._servers: dict[int, _Server] = {}
         self._room = getattr(self, "worker_connections", self.cfg.worker_connections)
         create_server = loop.create_server
@@ -228,7 +234,7 @@ class HermesAsyncioMixin(HermesMixin):
 
         loop.create_server = create  # type: ignore[method-assign, assignment]
         name = "asgi" if hasattr(self, "asgi") else "wsgi"
-        setattr(self, name, _counting(self.publisher, getattr(self, name)))
+        setattr(self, name, _counting(self, getattr(self, name)))
         _watch_poll(loop, self.publisher)
         await super()._serve()
 
@@ -245,29 +251,44 @@ class HermesAsyncioMixin(HermesMixin):
         self.begin(self._room, self._take, self.has_room)
         for server in self._servers.values():
             server.follow()
-        self._watch_siblings()
+        self.look_again()
 
     def _take(self, index: int, listener: Any) -> bool:
         return self._servers[index].take_from(listener.sock, own=False)
 
     def has_room(self) -> bool:
         """Tell whether one more connection may be accepted."""
-        return bool(self.publisher.connections < self._room)
+        return self._starting is None and bool(self.publisher.connections < self._room)
+
+    def accepted(self) -> None:
+        """Where requests hold the loop, accept no more until this one's has begun.
+
+        A sibling may serve the others sooner. Some turns of the loop lie in between.
+        """
+        if self.holds and self._starting is None and not self._leaving:
+            self._starting = self._loop.call_later(_STARTS_WITHIN, self.starts)
+
+    def starts(self) -> None:
+        """The request has begun, or there was none."""
+        if self._starting is not None:
+            self._starting.cancel()
+            self._starting = None
+            for server in self._servers.values():
+                server.follow()
 
     def closed(self) -> None:
         """A connection was closed."""
-        was_full = not self.has_room()
+        was_full = self.publisher.connections >= self._room
         self.publisher.closed()
         if was_full:
             for server in self._servers.values():
                 server.follow()
 
-    def _watch_siblings(self) -> None:
-        """Wake up to look after siblings when that is due."""
-        if not self._leaving:
-            self.look()
-            loop = asyncio.get_running_loop()
-            loop.call_later(max(self.until_look(), 0.001), self._watch_siblings)
+    def wake_in(self, seconds: float) -> None:
+        """Have the loop call ``look_again``."""
+        if self._look_timer is not None:
+            self._look_timer.cancel()
+        self._look_timer = self._loop.call_later(seconds, self.look_again)
 
     def notify(self) -> None:
         """Tell the arbiter that the loop turns, and follow changes in who serves what."""

@@ -51,7 +51,6 @@ class PublishingServer(StreamServer):  # type: ignore[misc]
     publisher: Publisher
     exclusive: bool
     _pause: Any = None
-    _turn = 0  # of the loop, in which it accepted last
 
     def start_accepting(self) -> None:
         """Watch the listener, unless it is for other workers to serve."""
@@ -85,11 +84,11 @@ class PublishingServer(StreamServer):  # type: ignore[misc]
         """Accept a connection, if this worker is to have it."""
         if not (self.exclusive or self.worker.admits(self.index)):
             return self._leave_to_others()
-        if self._turn == self.publisher.turn and self.worker.holds:
-            return None
+        if self.worker.holds and self.worker.has_just_accepted():
+            return None  # this one may still find a sibling who serves it sooner
         connection = super().do_read()
         if connection:
-            self._turn = self.publisher.turn
+            self.worker.accepted_in = self.publisher.turn
             self.publisher.opened(self.exclusive)
         return connection
 
@@ -121,6 +120,7 @@ class PublishingServer(StreamServer):  # type: ignore[misc]
 class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[misc]
     """gunicorn's gevent worker with a slot of its own."""
 
+    accepted_in = 0  # which turn of the loop; 1 is the next
     _look_timer: Any = None
     _is_orphan = False
 
@@ -130,7 +130,7 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
         self._servers = servers = self._start_servers()
         if self.alive:
             self.begin(self.worker_connections, self._take, self._has_room)
-            self._watch_siblings()
+            self.look_again()
         while self.alive:
             self.notify()
             for server in servers:
@@ -181,19 +181,25 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
         """Make the server of a listener, as gunicorn's worker does."""
         return PublishingServer(sock, handle=partial(self.handle, _Address(sock)), **options)
 
-    def _watch_siblings(self) -> None:
-        """Wake up to look after siblings when that is due."""
-        self.look()
+    def wake_in(self, seconds: float) -> None:
+        """Have the loop call ``look_again``."""
         if self._look_timer is not None:
             self._look_timer.close()
-        self._look_timer = get_hub().loop.timer(max(self.until_look(), 0.001), ref=False)
-        self._look_timer.start(self._watch_siblings)
+        self._look_timer = get_hub().loop.timer(seconds, ref=False)
+        self._look_timer.start(self.look_again)
 
     def _take(self, index: int, listener: Any) -> bool:
         # At the end of a turn gevent has run its callbacks already: the new greenlet would
         # not start before something else wakes the loop.
         self._at_once.start(_nothing)
+        self.accepted_in = 1
         return self._servers[index].take_from(listener)
+
+    def has_just_accepted(self) -> bool:
+        """Tell whether a connection was accepted whose greenlet has not run yet."""
+        if self.accepted_in == 1:
+            self.accepted_in = self.publisher.turn
+        return self.accepted_in == self.publisher.turn
 
     def _has_room(self) -> bool:
         return self.alive and not any(server.full() for server in self._servers)

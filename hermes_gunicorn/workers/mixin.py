@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from time import monotonic, monotonic_ns
 from typing import TYPE_CHECKING, Any, Final
 
-from hermes_gunicorn import arbiter, settings
+from hermes_gunicorn import arbiter, policy, settings
 from hermes_gunicorn.dispatch.shared import Admission
 from hermes_gunicorn.errors import HermesError
 from hermes_gunicorn.listener import waiting
@@ -26,7 +26,9 @@ __all__ = ["HANDSHAKE_GRACE", "HermesMixin"]
 HANDSHAKE_GRACE: Final = 1.0  # seconds: a connection sent here may still be on its way
 _MIND_NS: Final = 1_000_000  # between ends of turns at which more than publishing is done
 _HOLDS_NS: Final = 2_000_000  # a turn so long is that of an application that does not yield
+_HELD_NS: Final = 1_000_000_000  # for so long after one, others are expected
 _BOOKED_WITHIN: Final = 0.01  # seconds: the kernel chooses first and books then
+_SELDOM: Final = 1.0  # seconds between looks by a worker that does not help
 _QUIET_NS: Final = 3_000_000_000  # without a dispatch for so long, none is on its way
 
 
@@ -47,6 +49,8 @@ class HermesMixin(_Base):  # type: ignore[misc]
     publisher: Publisher
     serves_inline = False  # accepting a connection is serving it
     holds = False
+    _held_at = -_HELD_NS
+    _wakes_ns = policy.NEVER
     _rescuer: Rescuer | None = None
     _admissions: Mapping[int, Admission] = {}
     _refreshed = 0.0
@@ -147,17 +151,35 @@ class HermesMixin(_Base):  # type: ignore[misc]
 
     def until_look(self) -> float:
         """Return for how many seconds the siblings need not be looked after."""
-        return max(self._rescuer.next_ns - monotonic_ns(), 0) / 1e9 if self._rescuer else 1.0
+        if self._rescuer is None or self.publisher.drained:
+            return _SELDOM
+        return max(self._rescuer.next_ns - monotonic_ns(), 0) / 1e9
 
     def look(self) -> None:
         """Help siblings in need."""
-        if self._rescuer is None or self.publisher.drained:
+        if self._rescuer is None:
             return
-        try:
-            self._rescuer.look(self.serves_inline or self.holds)
-        except Exception:
-            self._rescuer = None
-            self.log.exception("hermes: no more rescue from this worker")
+        if not self.publisher.drained:
+            try:
+                self._rescuer.look(self.serves_inline or self.holds)
+            except Exception:
+                self._rescuer = None
+                self.log.exception("hermes: no more rescue from this worker")
+                return
+        if self._rescuer.next_ns < self._wakes_ns:
+            self._wakes_ns = self._rescuer.next_ns
+            self.wake_in(max(self.until_look(), 0.001))
+
+    def wake_in(self, seconds: float) -> None:
+        """Have ``look_again`` called; replaces what was wanted before.
+
+        For classes whose poll does not obey ``until_look``.
+        """
+
+    def look_again(self) -> None:
+        """Look, and go on looking."""
+        self._wakes_ns = policy.NEVER
+        self.look()
 
     def leave(self) -> None:
         """Be chosen no more; what was sent here already is still to be taken."""
@@ -179,7 +201,9 @@ class HermesMixin(_Base):  # type: ignore[misc]
     def _turned(self, woke_ns: int) -> int:
         """At the end of a turn of the loop: what was lost meanwhile, who needs help."""
         busy_ns = monotonic_ns() - woke_ns
-        self.holds = busy_ns > _HOLDS_NS
+        if busy_ns > _HOLDS_NS:
+            self._held_at = woke_ns
+        self.holds = woke_ns - self._held_at < _HELD_NS
         if self.publisher.lost and self.publisher.drifted:
             self._tell(busy_ns)
             self.settle()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import json
 import os
 import socket
@@ -75,9 +76,9 @@ class Browser:
         )
         return [int(part) for part in colour.partition("(")[2].rstrip(")").split(",")[:3]]
 
-    def picture(self, path: Path) -> None:
-        """Save the whole page as it is shown."""
-        taken = self._do("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+    def picture(self, path: Path, whole: bool = True) -> None:
+        """Save the page as it is shown, or what fits the window."""
+        taken = self._do("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(taken["data"]))
 
     def asked_for(self) -> set[str]:
@@ -87,6 +88,8 @@ class Browser:
             event["message"]["params"]["request"]["url"]
             for event in events
             if event["message"]["method"] == "Network.requestWillBeSent"
+            # Chromium's own first page.
+            and not event["message"]["params"]["documentURL"].startswith("chrome:")
         }
 
     def complaints(self) -> list[str]:
@@ -182,7 +185,7 @@ def _picture_of_top(server: Server, path: Path) -> None:
         check=True,
         env={**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "100"},
     )
-    console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=100, file=io.StringIO())
     console.print(Text.from_ansi(run.stdout))
     console.save_svg(str(path), title="hermesctl top")
     assert "hung" in path.read_text()
@@ -197,7 +200,7 @@ def test_a_hundred_and_twenty_eight_workers_fit(with_page, browser, pictures):
             wait_for(lambda: len(browser.all(".worker")) == 128, "the workers")
             wait_for(lambda: browser.all(".worker.hung"), "the one that hangs")
             assert not browser.overflows()
-            browser.picture(pictures / f"{name}.png")
+            browser.picture(pictures / f"{name}.png", whole=False)
 
 
 def test_the_page_says_when_nobody_answers(with_page, browser):
