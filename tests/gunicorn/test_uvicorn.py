@@ -56,7 +56,8 @@ def test_nothing_waits_for_a_worker_that_blocks(serve):
         wait_for(lambda: list(server.folder.glob("blocked-*")), "the block")
         pids = {int(server.get("/pid")) for _ in range(40)}
         blocked = int(client.receive()[1])
-    assert pids == server.worker_pids() - {blocked}
+    # In shared mode one may get them all: one after the other, they find all others idle.
+    assert pids <= server.worker_pids() - {blocked}
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTTIN])
