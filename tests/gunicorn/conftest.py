@@ -28,7 +28,7 @@ def launch(tmp_path: Path) -> Iterator[Start]:
     yield start
     for server in servers:
         server.kill()
-        print(server.log)  # shown if the test fails
+        print(server.log[-5000:])  # shown if the test fails
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -186,6 +187,17 @@ def test_a_drained_worker_gets_nothing_new_but_keeps_what_it_has(server):
     assert ctl(server, "undrain", str(first["slot"])).returncode == 0
     wait_for(lambda: int(server.get("/pid")) == first["pid"], "its turn")
     assert ctl(server, "drain", "99").returncode == 2
+
+
+@pytest.mark.parametrize("worker_class", ["hermes", "hermes_sync"])
+def test_a_drained_worker_rests(start, worker_class):
+    server = start(worker_class=worker_class, workers=2)
+    (first, *_) = status(server)["workers"]
+    assert ctl(server, "drain", str(first["slot"])).returncode == 0
+    process = psutil.Process(first["pid"])
+    before = sum(process.cpu_times()[:2])
+    time.sleep(2)
+    assert sum(process.cpu_times()[:2]) - before < 0.5
 
 
 def test_explain_agrees_with_what_happens(start):

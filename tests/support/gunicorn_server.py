@@ -261,7 +261,7 @@ class Server:
         try:
             wait_for(ready, f"{wanted} ready workers", seconds)
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.log}") from None
+            raise AssertionError(f"{error}\n{self.log[-5000:]}") from None
         return self
 
     def signal(self, number: signal.Signals) -> None:

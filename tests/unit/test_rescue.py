@@ -1,4 +1,4 @@
-"""When a worker that goes to sleep wakes up to look after its siblings."""
+"""What a worker takes from its siblings, and when it wakes up to look after them."""
 
 from __future__ import annotations
 
@@ -66,3 +66,64 @@ def test_they_do_while_only_the_shared_listener_was_sent_any(table):
 def test_they_do_not_under_a_policy_that_may_prefer_a_busy_one(table):
     table.policy = CASCADE
     assert longest_sleep(table) <= TURN_NS
+
+
+MS = 1_000_000
+
+
+def queue_up(table: Table, slot: int, waiting: int, busy_ns: int, sent_ns: int) -> None:
+    """Have connections wait, the last sent so long ago, on a worker that is busy for so long."""
+    now = time.monotonic_ns()
+    set_word(table, slot, "dispatched", table.row(slot).settled + waiting)
+    set_word(table, slot, "last_dispatch_ns", now - sent_ns)
+    set_word(table, slot, "busy_since_ns", now - busy_ns)
+    set_word(table, slot, "requests", 1)
+
+
+@pytest.fixture
+def taken() -> list[str]:
+    """On whom connections waited that were taken."""
+    return []
+
+
+def looks(table: Table, taken: list[str], one: bool) -> Rescuer:
+    """Have the worker in slot 1 look; each sibling has as many connections as it wants."""
+
+    def take(index: int, listener: str) -> bool:
+        taken.append(listener)
+        return True
+
+    siblings = {slot: [(0, f"slot {slot}")] for slot in range(2, WORKERS + 1)}
+    rescuer = Rescuer(Publisher(table, 1), 5 * MS, siblings, take, lambda: True)
+    rescuer.look(one)
+    return rescuer
+
+
+def test_one_is_taken_where_requests_hold_the_loop_of_those_that_wait_longest(table, taken):
+    queue_up(table, 2, 2, busy_ns=8 * MS, sent_ns=3 * MS)
+    queue_up(table, 3, 2, busy_ns=8 * MS, sent_ns=6 * MS)
+    looks(table, taken, one=True)
+    assert taken == ["slot 3"]
+
+
+def test_several_are_taken_at_once_where_they_do_not(table, taken):
+    queue_up(table, 2, 9, busy_ns=8 * MS, sent_ns=3 * MS)
+    looks(table, taken, one=False)
+    assert len(taken) > 1
+
+
+def test_whoever_held_the_loop_looks_though_somebody_just_has(table, taken):
+    queue_up(table, 2, 1, busy_ns=8 * MS, sent_ns=3 * MS)
+    table.look_at_ns = time.monotonic_ns() + 9 * MS
+    looks(table, taken, one=False)
+    assert taken == []
+    table.look_at_ns = time.monotonic_ns() + 9 * MS
+    looks(table, taken, one=True)
+    assert taken == ["slot 2"]
+
+
+def test_what_will_need_help_soon_is_looked_at_then(table, taken):
+    queue_up(table, 2, 1, busy_ns=2 * MS, sent_ns=MS)
+    due = table.row(2).busy_since_ns + 5 * MS
+    assert looks(table, taken, one=True).next_ns <= due
+    assert taken == []

@@ -225,3 +225,18 @@ def test_looking_at_a_table_does_not_change_it(shared):
     before = [part.tolist() for part in at]
     assert Table(*at).localities == 3
     assert [part.tolist() for part in at] == before
+
+
+def test_the_end_of_a_turn_counts_however_soon_after_another_it_began(shared):
+    pen, called = Publisher(shared, 1), []
+
+    def at_turn(woke_ns: int) -> int:
+        called.append(woke_ns)
+        return time.monotonic_ns() + SECOND // 50
+
+    pen.at_turn(at_turn)
+    for pause in (0, 0.02):
+        pen.woke()
+        time.sleep(pause)
+        pen.polls()
+    assert len(called) == 2
