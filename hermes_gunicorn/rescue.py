@@ -5,13 +5,17 @@ Every worker holds every slot's listener, so any of them can accept what waits t
 and takes what waits for a sibling that hangs, is busy for too long, has no room, is
 frozen or gone (``policy.rescue_at``).
 
-One look every 10 ms is enough for all, so they share a clock: whoever looks says in
-the table when that is to happen again. Busy workers pass here anyway; for the case that
-none does each has a timer, of a phase of its own, so that their turns are evenly spread
-and the more there are the fewer each has. It ticks fast while somebody waits for help,
-and the timers slow down while nothing is dispatched. So does that of a worker which goes
-to sleep without a request while nothing waits, under the policy that prefers idle ones:
-as long as it sleeps, what comes wakes it or another idle one.
+A worker whose requests hold the loop, as those of a driver that does not yield, looks at
+the end of each turn, and takes one connection: what it has accepted nobody else can serve.
+For all others one look every 10 ms is enough, so they share a clock: whoever looks says in
+the table when that is to happen again.
+
+For the case that no loop turns each worker has a timer, of a phase of its own, so that
+their turns are evenly spread and the more there are the fewer each has. It obeys when it
+is known who will need help soon, and ticks fast while somebody waits for help. It slows
+down while nothing is dispatched, and in a worker that goes to sleep without a request
+while nothing waits, under the policy that prefers idle ones: as long as it sleeps, what
+comes wakes it or another idle one.
 """
 
 from __future__ import annotations
