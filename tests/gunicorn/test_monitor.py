@@ -421,6 +421,13 @@ def test_the_doctor_says_what_a_user_without_privilege_needs():
     assert "auto chooses: kernel" in doctor(*as_nobody("+bpf"))
 
 
+def test_why_a_unix_socket_is_shared_is_told(start):
+    (bind,) = status(start(unix=True))["binds"]
+    assert bind["mode"] == "shared"
+    assert "TCP only" in bind["reason"]
+    assert "Unix sockets: always in shared mode" in doctor()
+
+
 def test_the_doctor_sees_that_bcc_is_absent():
     bcc = Path("/usr/lib/python3/dist-packages/bcc")
     assert bcc.is_dir(), "python3-bpfcc is to be installed for the tests"
