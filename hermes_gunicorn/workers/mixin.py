@@ -25,8 +25,7 @@ __all__ = ["HANDSHAKE_GRACE", "HermesMixin"]
 
 HANDSHAKE_GRACE: Final = 1.0  # seconds: a connection sent here may still be on its way
 _MIND_NS: Final = 1_000_000  # between ends of turns at which more than publishing is done
-_HOLDS_NS: Final = 2_000_000  # a turn so long is that of an application that does not yield
-_HELD_NS: Final = 1_000_000_000  # for so long after one, others are expected
+_HELD_NS: Final = 200_000_000  # after a request that held the loop: others may as well
 _BOOKED_WITHIN: Final = 0.01  # seconds: the kernel chooses first and books then
 _SELDOM: Final = 1.0  # seconds between looks by a worker that does not help
 _QUIET_NS: Final = 3_000_000_000  # without a dispatch for so long, none is on its way
@@ -41,8 +40,8 @@ class HermesMixin(_Base):  # type: ignore[misc]
     Attributes:
         assignment: the place the arbiter gave it; None if that failed.
         publisher: the pen for its row, from ``init_process`` on.
-        holds: whether requests hold the loop; then more than one should not be accepted at
-            a time, as nobody else can serve it any more.
+        holds: whether requests hold the loop for so long that siblings would help; then more
+            than one should not be accepted at a time, as nobody else can serve it any more.
     """
 
     assignment: arbiter.Assignment | None = None
@@ -130,6 +129,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
             room: whether there is room for one more.
         """
         self._schedule = Scheduler(self.publisher.table)
+        self._rescue_after_ns = round(self.cfg.hermes_rescue_after * 1e9)
         if self.assignment and self.assignment.slot is not None:
             self._admissions = {
                 index: Admission(self.publisher, self.assignment.binds[index], self.sockets[index])
@@ -141,7 +141,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
             if siblings:
                 self._rescuer = Rescuer(
                     self.publisher,
-                    round(self.cfg.hermes_rescue_after * 1e9),
+                    self._rescue_after_ns,
                     siblings,
                     lambda index, listener: allowed(index) and take(index, listener),
                     room,
@@ -201,7 +201,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
     def _turned(self, woke_ns: int) -> int:
         """At the end of a turn of the loop: what was lost meanwhile, who needs help."""
         busy_ns = monotonic_ns() - woke_ns
-        if busy_ns > _HOLDS_NS:
+        if busy_ns > self._rescue_after_ns:
             self._held_at = woke_ns
         self.holds = woke_ns - self._held_at < _HELD_NS
         if self.publisher.lost and self.publisher.drifted:
