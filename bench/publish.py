@@ -148,8 +148,7 @@ def plot_scale(result: Result, path: Path) -> None:
     """Draw p99 over the number of simulated workers."""
     figure, axes = plots.figure(6.4, 3.2)
     for rule in scale.RULES:
-        runs = {s["workers"]: s["p99_ms"] for s in result["samples"] if s["rule"] == rule}
-        runs |= {
+        runs = {
             s["workers"]: s["p99_ms"]
             for s in result["samples"]
             if s["rule"] == rule and s["load"] == "heavy"

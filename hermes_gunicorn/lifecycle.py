@@ -49,7 +49,7 @@ def at_turn(server: Arbiter, call: Callable[[], None]) -> None:
                 call()
             except Exception:
                 works = False
-                server.log.exception("hermes: error in the arbiter's loop; no more metrics")
+                server.log.exception("hermes: error in %s; it is not called again", call.__name__)
 
     server.murder_workers = murder_workers_and_call
 

@@ -249,8 +249,7 @@ class HermesAsyncioMixin(HermesMixin):
         for sock in self.sockets:
             sock.setblocking(False)
         self.begin(self._room, self._take, self.has_room)
-        for server in self._servers.values():
-            server.follow()
+        self._follow()
         self.look_again()
 
     def _take(self, index: int, listener: Any) -> bool:
@@ -273,16 +272,14 @@ class HermesAsyncioMixin(HermesMixin):
         if self._starting is not None:
             self._starting.cancel()
             self._starting = None
-            for server in self._servers.values():
-                server.follow()
+            self._follow()
 
     def closed(self) -> None:
         """A connection was closed."""
         was_full = self.publisher.connections >= self._room
         self.publisher.closed()
         if was_full:
-            for server in self._servers.values():
-                server.follow()
+            self._follow()
 
     def wake_in(self, seconds: float) -> None:
         """Have the loop call ``look_again``."""
@@ -293,6 +290,9 @@ class HermesAsyncioMixin(HermesMixin):
     def notify(self) -> None:
         """Tell the arbiter that the loop turns, and follow changes in who serves what."""
         super().notify()
+        self._follow()
+
+    def _follow(self) -> None:
         for server in self._servers.values():
             server.follow()
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from gunicorn_server import GUNICORN, HAS_CONTROL_SOCKET, as_nobody, free_port, wait_for
+from gunicorn_server import GUNICORN, HAS_CONTROL_SOCKET, as_nobody, free_port, listens, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
 from hermes_gunicorn.monitor.launch import socket_name
@@ -236,19 +236,11 @@ def fetch(where: str, path: str, method: str = "GET", **headers: str) -> tuple[i
 @pytest.fixture
 def stats(start) -> Any:
     """A server with statistics, and where they are."""
-    where = f"127.0.0.1:{free_port()}"
+    port = free_port()
+    where = f"127.0.0.1:{port}"
     server = start("--hermes-stats", where, workers=2)
-    wait_for(lambda: connects(where), "the statistics")
+    wait_for(lambda: listens(port), "the statistics")
     return server, where
-
-
-def connects(where: str) -> bool:
-    """Say whether somebody listens."""
-    host, _, port = where.rpartition(":")
-    with contextlib.suppress(OSError):
-        socket.create_connection((host, int(port)), 1).close()
-        return True
-    return False
 
 
 def test_the_statistics_answer_while_all_workers_hang(stats):
@@ -323,7 +315,7 @@ def test_a_reload_moves_the_statistics(start, tmp_path):
     old = server.worker_pids()
     server.signal(signal.SIGHUP)
     wait_for(lambda: not old & server.worker_pids(), "new workers")
-    wait_for(lambda: connects(f"127.0.0.1:{port}"), "the new address")
+    wait_for(lambda: listens(port), "the new address")
 
 
 # gunicorn's own channels.

@@ -10,14 +10,13 @@ import contextlib
 import io
 import json
 import os
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gunicorn_server import GUNICORN, Server, free_port, under_load, wait_for
+from gunicorn_server import GUNICORN, Server, free_port, listens, under_load, wait_for
 from rich.console import Console
 from rich.text import Text
 from selenium import webdriver
@@ -117,14 +116,7 @@ def with_page(launch) -> Any:
         port = free_port()
         conf = f"hermes_stats = '127.0.0.1:{port}'\nproc_name = 'shop'\n"
         server = launch("--keep-alive", "30", conf=conf, **options).wait_ready(seconds=60)
-
-        def answers() -> bool:
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                return True
-            return False
-
-        wait_for(answers, "the page")
+        wait_for(lambda: listens(port), "the page")
         return server, f"http://127.0.0.1:{port}/"
 
     return begin

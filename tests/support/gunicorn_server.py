@@ -53,6 +53,14 @@ def free_port(host: str = "127.0.0.1") -> int:
             return port
 
 
+def listens(port: int) -> bool:
+    """Say whether somebody listens on a port of 127.0.0.1."""
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), 1).close()
+        return True
+    return False
+
+
 def as_nobody(*capabilities: str, uid: int = 65534) -> list[str]:
     """Return the command prefix that makes a server run as user nobody, or another.
 
