@@ -149,20 +149,24 @@ class Rescuer:
         elif due:
             # It could take what waits, and does not. The accept queue is the proof: a
             # handshake that does not complete is nothing that waits.
-            if not any(waiting(listener) for _, listener in self._siblings[slot]):
+            if not self._waits_on(slot):
                 return now
             self._table.mark_frozen(slot, now)
         self._help(slot, now, most)
         return now
 
     def _help(self, slot: int, now: int, most: int) -> None:
-        enough = self._taken + most
+        before, enough = self._taken, self._taken + most
         for index, listener in self._siblings[slot]:
             while self._taken < enough and self._room() and self._take(index, listener):
                 self._publisher.rescued()
                 self._taken += 1
-        if self._taken < enough and self._room():
+        found_none = self._taken < enough and self._room()
+        if found_none or (self._taken > before and not self._waits_on(slot)):
             self._table.mark_rescued(slot, now)  # nothing is left there
+
+    def _waits_on(self, slot: int) -> bool:
+        return any(waiting(listener) for _, listener in self._siblings[slot])
 
     def _round(self, pace: int) -> int:
         """Return how long it takes at that pace until each worker had a turn."""

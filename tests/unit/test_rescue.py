@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
 
 import pytest
 
+from hermes_gunicorn import rescue
 from hermes_gunicorn.rescue import Rescuer
 from hermes_gunicorn.table import CASCADE, WORKER, Publisher, Table
 
 WORKERS = 4
 TURN_NS = WORKERS * 10_000_000  # one look every 10 ms, in turns
+
+
+@pytest.fixture(autouse=True)
+def now(monkeypatch) -> None:
+    """Stop the clock: between queueing and looking a busy machine may take long."""
+    stopped = time.monotonic_ns()
+    monkeypatch.setattr(rescue, "monotonic_ns", lambda: stopped)
 
 
 @pytest.fixture
@@ -37,7 +47,7 @@ def longest_sleep(table: Table, requests: int = 0) -> int:
         rescuer = Rescuer(publisher, 5_000_000, siblings, lambda *_: False, bool)
         table.look_at_ns = 0
         rescuer.look(one=False)
-        longest = max(longest, rescuer.next_ns - time.monotonic_ns())
+        longest = max(longest, rescuer.next_ns - rescue.monotonic_ns())
     return longest
 
 
@@ -73,7 +83,7 @@ MS = 1_000_000
 
 def queue_up(table: Table, slot: int, waiting: int, busy_ns: int, sent_ns: int) -> None:
     """Have connections wait, the last sent so long ago, on a worker that is busy for so long."""
-    now = time.monotonic_ns()
+    now = rescue.monotonic_ns()
     set_word(table, slot, "dispatched", table.row(slot).settled + waiting)
     set_word(table, slot, "last_dispatch_ns", now - sent_ns)
     set_word(table, slot, "busy_since_ns", now - busy_ns)
@@ -88,15 +98,21 @@ def taken() -> list[str]:
 
 def looks(table: Table, taken: list[str], one: bool) -> Rescuer:
     """Have the worker in slot 1 look; each sibling has as many connections as it wants."""
+    with contextlib.ExitStack() as stack:
+        listeners = {
+            slot: stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            for slot in range(2, WORKERS + 1)
+        }
+        names = {listener: f"slot {slot}" for slot, listener in listeners.items()}
 
-    def take(index: int, listener: str) -> bool:
-        taken.append(listener)
-        return True
+        def take(index: int, listener: socket.socket) -> bool:
+            taken.append(names[listener])
+            return True
 
-    siblings = {slot: [(0, f"slot {slot}")] for slot in range(2, WORKERS + 1)}
-    rescuer = Rescuer(Publisher(table, 1), 5 * MS, siblings, take, lambda: True)
-    rescuer.look(one)
-    return rescuer
+        siblings = {slot: [(0, listener)] for slot, listener in listeners.items()}
+        rescuer = Rescuer(Publisher(table, 1), 5 * MS, siblings, take, lambda: True)
+        rescuer.look(one)
+        return rescuer
 
 
 def test_one_is_taken_where_requests_hold_the_loop_of_those_that_wait_longest(table, taken):
@@ -104,6 +120,9 @@ def test_one_is_taken_where_requests_hold_the_loop_of_those_that_wait_longest(ta
     queue_up(table, 3, 2, busy_ns=8 * MS, sent_ns=6 * MS)
     looks(table, taken, one=True)
     assert taken == ["slot 3"]
+    # Its owner learns that nothing is left there, or it would seem to have work for seconds.
+    assert table.row(3).rescued_at_ns > table.row(3).last_dispatch_ns
+    assert not table.row(2).rescued_at_ns
 
 
 def test_several_are_taken_at_once_where_they_do_not(table, taken):
@@ -114,10 +133,10 @@ def test_several_are_taken_at_once_where_they_do_not(table, taken):
 
 def test_whoever_held_the_loop_looks_though_somebody_just_has(table, taken):
     queue_up(table, 2, 1, busy_ns=8 * MS, sent_ns=3 * MS)
-    table.look_at_ns = time.monotonic_ns() + 9 * MS
+    table.look_at_ns = rescue.monotonic_ns() + 9 * MS
     looks(table, taken, one=False)
     assert taken == []
-    table.look_at_ns = time.monotonic_ns() + 9 * MS
+    table.look_at_ns = rescue.monotonic_ns() + 9 * MS
     looks(table, taken, one=True)
     assert taken == ["slot 2"]
 
