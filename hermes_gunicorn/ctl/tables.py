@@ -92,7 +92,7 @@ def events(listed: list[dict[str, Any]]) -> Table:
     for each in listed:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each["at"]))
         text = each["text"]
-        if "seconds" in each:
+        if each.get("seconds"):
             text += f" for {seconds(each['seconds'])}"
         table.add_row(at, each["kind"], "" if each["slot"] is None else str(each["slot"]), text)
     return table

@@ -32,6 +32,7 @@ _LASTS: Final = 600.0  # seconds of history
 _MAX_EVENTS: Final = 1000
 _SHORTEST_HANG: Final = 0.2  # seconds; shorter ones are work
 _POINT: Final = 1.0  # seconds between points of the series
+_PAUSE: Final = 5.0  # seconds; what happens again within them is the same event
 
 
 @dataclass
@@ -76,6 +77,7 @@ class Watch:
         self._slots: dict[int, _Slot] = {}
         self._processes: dict[int, _Process] = {}
         self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
+        self._series: dict[tuple[str, int | None], dict[str, Any]] = {}
         self._points: deque[dict[str, Any]] = deque(maxlen=int(_LASTS / _POINT))
         self._started = time.time()
         self._shared = 0
@@ -102,6 +104,16 @@ class Watch:
         self._events.append(event)
         return event
 
+    def _again(self, kind: str, count: int, text: str, slot: int | None = None) -> None:
+        """Count what at high load happens all the time; the last event grows while it goes on."""
+        now, event = time.time(), self._series.get((kind, slot))
+        if event is None or now > event["at"] + event["seconds"] + _PAUSE:
+            event = self._series[kind, slot] = self._event(kind, "", slot)
+            event.update(count=0, seconds=0.0)
+        event["count"] += count
+        event["seconds"] = round(now - event["at"], 3)
+        event["text"] = text.format(event["count"])
+
     def note(self, kind: str, text: str) -> None:
         """Add an event."""
         with self._lock:
@@ -116,9 +128,7 @@ class Watch:
                 self._follow(row, now)
             shared = sum(bind.counters()["none_eligible"] for bind in self._binds)
             if shared > self._shared and self._points:
-                self._event(
-                    "no worker", f"{shared - self._shared} connections found all workers hung"
-                )
+                self._again("no worker", shared - self._shared, "{} connections found none")
             self._shared = shared
             if not self._points or time.time() - self._points[-1]["at"] >= _POINT:
                 self._points.append(self._point(rows))
@@ -133,8 +143,8 @@ class Watch:
                 slot.rescued = row.rescued
             slot.generation, slot.state = row.generation, row.state
         if row.rescued > slot.rescued:
-            count = row.rescued - slot.rescued
-            self._event("rescue", f"took {count} connections from its siblings", row.slot)
+            more = row.rescued - slot.rescued
+            self._again("rescue", more, "took {} connections from siblings", row.slot)
         slot.rescued = row.rescued
         self._follow_hang(slot, row, now)
         elapsed = time.monotonic() - slot.at

@@ -245,10 +245,11 @@ def stats(start) -> Any:
 
 def test_the_statistics_answer_while_all_workers_hang(stats):
     server, where = stats
-    blockers = [server.connect() for _ in range(2)]
-    for blocker in blockers:
-        blocker.send("/block?3")
-    wait_for(lambda: len(list(server.folder.glob("blocked-*"))) == 2, "the blocks")
+    blockers = []
+    for number in range(2):  # one after the other, each to a worker that does not block
+        blockers.append(server.connect())
+        blockers[-1].send("/block?4")
+        wait_for(lambda n=number: len(list(server.folder.glob("blocked-*"))) > n, f"block {number}")
     wait_for(lambda: "all 2 workers hang" in fetch(where, "/stats.json")[2], "a word about it")
     metrics = {
         (sample.name, sample.labels.get("slot")): sample.value
