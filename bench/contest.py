@@ -10,12 +10,13 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import harness
 import tqdm
-from rivals import RIVALS
+from rivals import PACKAGES, RIVALS
 
 __all__ = ["Contest", "Run"]
 
@@ -79,7 +80,7 @@ class Contest:
         runs = list(_turns(given.rivals, groups, given.rounds, given.seconds))
         samples = self._measured(runs, given.output.with_suffix(".part"), given.fresh)
         result = {
-            "machine": harness.machine(),
+            "machine": harness.machine() | {"rivals": {name: version(name) for name in PACKAGES}},
             "rounds": given.rounds,
             "seconds": given.seconds,
             "samples": samples,

@@ -257,9 +257,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def describe(result: dict[str, Any]) -> str:
     """Say in a line where a result comes from."""
     m = result["machine"]
+    rivals = "".join(f", {name} {version}" for name, version in m.get("rivals", {}).items())
     return (
         f"Linux {m['kernel']}, {m['cores']} cores ({m['cpu']}), Python {m['python']}, gunicorn"
-        f" {m['gunicorn']}, gevent {m['gevent']}, {m['wrk']}, {m['date']}."
+        f" {m['gunicorn']}, gevent {m['gevent']}{rivals}, {m['wrk']}, {m['date']}."
     )
 
 

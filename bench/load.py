@@ -58,11 +58,15 @@ class Outcome:
 
 
 class Connection:
-    """One connection that carries one request at a time."""
+    """One connection that carries one request at a time.
+
+    When the server says that it closes it, the next request opens another, as clients do.
+    """
 
     def __init__(self, port: int) -> None:
         self.port = port
         self.turn = asyncio.Lock()
+        self.closed = False
 
     async def open(self) -> None:
         """Connect."""
@@ -70,13 +74,19 @@ class Connection:
 
     async def ask(self, path: str, keep: bool) -> bytes:
         """Send a request and return the body of the answer."""
+        if self.closed:
+            await self.open()
         close = "" if keep else "Connection: close\r\n"
         self.writer.write(f"GET {path} HTTP/1.1\r\nHost: bench\r\n{close}\r\n".encode())
         head = (await self.reader.readuntil(b"\r\n\r\n")).lower()
         if b" 200 " not in head[:15]:
             raise ConnectionError(head[:40])
         length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
-        return await self.reader.readexactly(length)
+        body = await self.reader.readexactly(length)
+        self.closed = b"\r\nconnection: close\r\n" in head
+        if self.closed:
+            self.close()
+        return body
 
     def close(self) -> None:
         """Close it."""
@@ -113,7 +123,6 @@ async def run(plan: Plan) -> Outcome:
                     connection = Connection(plan.port)
                     await connection.open()
                     await connection.ask(path, False)
-                    connection.close()
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
             outcome.failed += 1
         else:

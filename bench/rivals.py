@@ -14,7 +14,10 @@ from pathlib import Path
 
 import harness
 
-__all__ = ["GUNICORN", "OURS", "RIVALS", "Rival"]
+__all__ = ["GUNICORN", "OURS", "PACKAGES", "RIVALS", "Rival"]
+
+# gunicorn's HTTP parser in C, which it uses where it is installed, is all gunicorns' here.
+PACKAGES = ("uWSGI", "granian", "uvicorn", "gunicorn_h1c")
 
 _BIN = Path(sys.executable).parent
 _BACKLOG = 2048  # gunicorn's
@@ -55,7 +58,7 @@ def _uwsgi(*flags: str) -> Rival:
     def command(port: int, workers: int, keep: bool) -> list[str]:
         address = f"127.0.0.1:{port}"
         # Its workers do not keep connections; its HTTP router does, in front of them.
-        kept = ["--http", address, "--http-keepalive", str(harness.KEEP_ALIVE)]
+        kept = ["--http", address, f"--http-keepalive={harness.KEEP_ALIVE}"]
         return [
             *(str(_BIN / "uwsgi"), "--master", "--die-on-term", "--processes", str(workers)),
             *(kept if keep else ["--http-socket", address]),
