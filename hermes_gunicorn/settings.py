@@ -24,6 +24,7 @@ __all__ = ["SETTINGS", "bind_shares", "check", "ensure"]
 
 SECTION = "Hermes"
 MODES = ("auto", "kernel", "shared")
+KEEPALIVE = ("auto", "always")
 
 
 def _validate_threshold(value: Any) -> float:
@@ -257,6 +258,25 @@ class HermesBindWorkers(Setting):  # type: ignore[misc]
         address and no other does, whatever happens there. Shares are laid side by
         side in the order given, so two halves have no worker in common. Restarts
         do not change who serves what. Only in the configuration file.
+        """
+
+
+class HermesKeepalive(Setting):  # type: ignore[misc]
+    name = "hermes_keepalive"
+    section = SECTION
+    cli = ("--hermes-keepalive",)
+    meta = "STRING"
+    validator = _one_of("hermes_keepalive", KEEPALIVE)
+    default = KEEPALIVE[0]
+    desc = """\
+        Whether connections are kept where requests hold their worker for long.
+
+        A request on a kept connection can only be served by the worker that has it.
+        ``auto``: while requests hold the workers so long (computing, or a driver that
+        does not yield) that on average one has to wait longer for its worker than a new
+        connection takes, each response closes its connection, and the next request goes
+        to a worker that is free. Connections with TLS are kept. ``always``: as without
+        hermes, for as long as ``keepalive`` says.
         """
 
 

@@ -70,12 +70,26 @@ def _counting(worker: HermesAsyncioMixin, app: Any) -> Any:
             worker.starts()
         else:
             publisher.began()
+        if worker.keeping.closes() and scope.get("http_version", "")[:2] == "1.":
+            send = _closing(send)
         try:
             await app(scope, receive, send)
         finally:
             publisher.ended()
 
     return hermes
+
+
+def _closing(send: Any) -> Any:
+    """Say in the response that the connection is closed after it; both servers obey."""
+
+    async def closing(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            headers = [*message.get("headers", ()), (b"connection", b"close")]
+            message = {**message, "headers": headers}
+        await send(message)
+
+    return closing
 
 
 class _Server:

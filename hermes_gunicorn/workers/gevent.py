@@ -249,6 +249,8 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         """Count the request while it is in flight."""
         self.began()
+        if self.keeping.closes():
+            req.force_close()
         try:
             return super().handle_request(listener_name, req, sock, addr)
         finally:

@@ -13,6 +13,7 @@ import socket
 import time
 from collections import deque
 from functools import partial
+from time import monotonic_ns
 from typing import Any
 
 from gunicorn.workers import gthread
@@ -38,6 +39,7 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
     _connections = 0
     _leaving = False
     _enabled = True
+    _full_since_ns = 0
     _silent = 0  # gunicorn 23: accepted, but nothing has been said yet
     poller: Any
 
@@ -147,7 +149,15 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         if not conn.initialized:
             self._silent -= 1
         self.publisher.began()
+        if self.publisher.requests == self.cfg.threads:
+            self._full_since_ns = monotonic_ns()
         super().enqueue_req(conn)
+
+    def handle_request(self, req: Any, conn: Any) -> Any:
+        """Serve a request, in one of the threads."""
+        if self.keeping.closes():  # a count that is lost between threads does no harm
+            req.force_close()
+        return super().handle_request(req, conn)
 
     def finish_request(self, *arguments: Any) -> None:
         """The request is done."""
@@ -159,6 +169,8 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
                 self._wake.send(b"1")
 
     def _count_out(self, *arguments: Any) -> None:
+        if self.publisher.requests == self.cfg.threads:
+            self.keeping.held(monotonic_ns() - self._full_since_ns)
         self.publisher.ended()
         super().finish_request(*arguments)
 

@@ -13,6 +13,7 @@ from hermes_gunicorn.listener import waiting
 from hermes_gunicorn.rescue import Rescuer
 from hermes_gunicorn.scheduler import Scheduler
 from hermes_gunicorn.table import Publisher
+from hermes_gunicorn.workers.keeping import Keeping, waited_for_cores
 
 if TYPE_CHECKING:
     from gunicorn.config import Config
@@ -27,6 +28,7 @@ HANDSHAKE_GRACE: Final = 1.0  # seconds: a connection sent here may still be on 
 _MIND_NS: Final = 1_000_000  # between ends of turns at which more than publishing is done
 _HELD_NS: Final = 200_000_000  # after a request that held the loop: others may as well
 _BOOKED_WITHIN: Final = 0.01  # seconds: the kernel chooses first and books then
+_HANG_NS: Final = 200_000_000  # what is worth a line; at their peak workers help each other often
 _SELDOM: Final = 1.0  # seconds between looks by a worker that does not help
 _QUIET_NS: Final = 3_000_000_000  # without a dispatch for so long, none is on its way
 
@@ -42,10 +44,12 @@ class HermesMixin(_Base):  # type: ignore[misc]
         publisher: the pen for its row, from ``init_process`` on.
         holds: whether requests hold the loop for so long that siblings would help; then more
             than one should not be accepted at a time, as nobody else can serve it any more.
+        keeping: whether responses close their connection.
     """
 
     assignment: arbiter.Assignment | None = None
     publisher: Publisher
+    keeping: Keeping
     serves_inline = False  # accepting a connection is serving it
     holds = False
     _held_at = -_HELD_NS
@@ -53,6 +57,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
     _rescuer: Rescuer | None = None
     _admissions: Mapping[int, Admission] = {}
     _refreshed = 0.0
+    _told_of_closing = False
     _left = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -77,6 +82,9 @@ class HermesMixin(_Base):  # type: ignore[misc]
     def init_process(self) -> None:
         """Run the worker, from just after the fork to its end."""
         self.publisher = self.assignment.take_up() if self.assignment else Publisher.unseen()
+        # With TLS a new connection costs more than all but the longest waits.
+        self.keeping = Keeping(self.cfg.hermes_keepalive == "always" or self.cfg.is_ssl)
+        self._refreshed = monotonic()
         try:
             super().init_process()
         finally:
@@ -203,9 +211,11 @@ class HermesMixin(_Base):  # type: ignore[misc]
         busy_ns = monotonic_ns() - woke_ns
         if busy_ns > self._rescue_after_ns:
             self._held_at = woke_ns
+            self.keeping.held(busy_ns)
         self.holds = woke_ns - self._held_at < _HELD_NS
         if self.publisher.lost and self.publisher.drifted:
-            self._tell(busy_ns)
+            if busy_ns >= _HANG_NS:
+                self._tell(busy_ns)
             self.settle()
         self.look()
         return 0 if self.serves_inline else min(self._schedule(woke_ns), woke_ns + _MIND_NS)
@@ -229,11 +239,22 @@ class HermesMixin(_Base):  # type: ignore[misc]
         if self.publisher.drifted and not self._waiting():
             self.publisher.settle(_QUIET_NS)
 
+    def _weigh(self, elapsed: float) -> None:
+        if self.keeping.weigh(elapsed * 1e9, waited_for_cores()) and not self._told_of_closing:
+            self._told_of_closing = True
+            self.log.info(
+                "hermes: requests hold their workers for so long that a new connection, to one"
+                " that is free, is faster; while they do, responses close theirs"
+                " (hermes_keepalive)"
+            )
+
     def notify(self) -> None:
         """Tell the arbiter that the loop turns, and once a second mend the row."""
         super().notify()
         now = monotonic()
-        if now - self._refreshed >= 1:
+        elapsed = now - self._refreshed
+        if elapsed >= 1:
             self._refreshed = now
+            self._weigh(elapsed)
             self.publisher.refresh()
             self.settle()
