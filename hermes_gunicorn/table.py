@@ -572,6 +572,7 @@ class Publisher:
         """
         self._turned = call
         self._turned_at = 0
+        self.turn = self.turn or monotonic_ns()  # the loop may not have been in poll yet
 
     def woke(self) -> None:
         """The loop has left poll with work to do."""

@@ -240,3 +240,11 @@ def test_the_end_of_a_turn_counts_however_soon_after_another_it_began(shared):
         time.sleep(pause)
         pen.polls()
     assert len(called) == 2
+
+
+def test_a_first_turn_that_began_without_poll_is_no_turn_since_the_machine_was_booted(shared):
+    pen, called = Publisher(shared, 1), []
+    before = time.monotonic_ns()
+    pen.at_turn(lambda woke_ns: called.append(woke_ns) or 0)
+    pen.polls()
+    assert before <= called[0] <= time.monotonic_ns()
