@@ -31,6 +31,7 @@ class _Connection(socket.socket):
     """Tells when it is closed: asyncio closes the socket object, uvloop detaches it."""
 
     worker: HermesAsyncioMixin | None = None
+    transport: Any = None
     first_request: bool  # published, but it has not come yet
 
     def _ended(self) -> None:
@@ -70,26 +71,33 @@ def _counting(worker: HermesAsyncioMixin, app: Any) -> Any:
             worker.starts()
         else:
             publisher.began()
+        last = None
         if worker.keeping.closes() and scope.get("http_version", "")[:2] == "1.":
-            send = _closing(send)
+            last = send = _LastResponse(send)
         try:
             await app(scope, receive, send)
+            if last and last.complete and connection and connection.transport:
+                connection.transport.close()  # gunicorn's server does not by itself
         finally:
             publisher.ended()
 
     return hermes
 
 
-def _closing(send: Any) -> Any:
-    """Say in the response that the connection is closed after it; both servers obey."""
+class _LastResponse:
+    """Sends a response that says that the connection is closed after it."""
 
-    async def closing(message: Any) -> None:
+    def __init__(self, send: Any) -> None:
+        self._send = send
+        self.complete = False
+
+    async def __call__(self, message: Any) -> None:
         if message["type"] == "http.response.start":
             headers = [*message.get("headers", ()), (b"connection", b"close")]
             message = {**message, "headers": headers}
-        await send(message)
-
-    return closing
+        await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            self.complete = True
 
 
 class _Server:
@@ -163,7 +171,7 @@ class _Server:
     async def _serve(self, connection: _Connection) -> None:
         _connection.set(connection)  # for all tasks that serve it
         try:
-            await self._loop.connect_accepted_socket(
+            connection.transport, _ = await self._loop.connect_accepted_socket(
                 lambda: self._protocol(connection), sock=connection, ssl=self._ssl
             )
         except OSError as error:  # the client is gone, or did not speak TLS
