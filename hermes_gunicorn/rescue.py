@@ -83,12 +83,15 @@ class Rescuer:
                 that wait longest, and looks are as frequent as requests.
         """
         now = monotonic_ns()
+        # Further ahead than it is ever set is nonsense that somebody has scribbled there.
+        recently = 0 < self._table.look_at_ns - now <= _LOOK_NS
+        asleep = self._relaxed and self._publisher.requests
+        if recently and now < self.next_ns and not one and not asleep:
+            return  # as nearly always: whoever looked has seen to it
         rows = self._waiting(now)
         busy = bool(rows or self._publisher.requests)
         if self.next_ns <= now or (busy and self._relaxed):
             self._plan(now, busy)
-        # Further ahead than it is ever set is nonsense that somebody has scribbled there.
-        recently = 0 < self._table.look_at_ns - now <= _LOOK_NS
         if not rows or (recently and not one):
             if not recently:
                 self._table.look_at_ns = now + _LOOK_NS
