@@ -1,7 +1,9 @@
 """What it costs to be watched: throughput with `hermesctl top` and a scrape every second.
 
 One server at its peak. In every other slice, in random order, the monitor, top and the
-scraper are stopped (SIGSTOP), and so cost nothing.
+scraper are stopped (SIGSTOP), and so cost nothing. On a machine with neighbours the ratio
+of two slices says little of a percent, so the CPU time that monitor and top take is
+measured as well: they share nothing with the workers but the cores, and memory they read.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import pty
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -61,6 +64,10 @@ class Watchers:
                 self.scrapes += 1
             time.sleep(1)
 
+    def cpu_seconds(self) -> list[float]:
+        """Return what the monitor and top have used so far."""
+        return [harness.on_cpu(pid) for pid in self._pids]
+
     def watch(self, wanted: bool) -> None:
         """Go on, or stop for a while."""
         (self._on.set if wanted else self._on.clear)()
@@ -96,7 +103,9 @@ def measure(rounds: int, seconds: int) -> list[dict[str, Any]]:
             for case in CASES:
                 for on in chance.sample([False, True], 2):
                     watchers.watch(on)
+                    used, start = watchers.cpu_seconds(), time.monotonic()
                     load = harness.wrk(server.url, seconds, CONNECTIONS, case == "keep-alive")
+                    elapsed = time.monotonic() - start
                     if turn >= 0:
                         samples.append(
                             {
@@ -104,6 +113,12 @@ def measure(rounds: int, seconds: int) -> list[dict[str, Any]]:
                                 "case": case,
                                 "watched": on,
                                 "requests_per_second": load.per_second,
+                                "watchers_cpu": [
+                                    round((after - before) / elapsed, 5)
+                                    for before, after in zip(
+                                        used, watchers.cpu_seconds(), strict=True
+                                    )
+                                ],
                                 "errors": load.errors,
                             }
                         )
@@ -114,7 +129,7 @@ def measure(rounds: int, seconds: int) -> list[dict[str, Any]]:
 
 def report(result: dict[str, Any]) -> str:
     """Make the Markdown from the result."""
-    rows = []
+    rows, cores = [], result["machine"]["cores"]
     for case, title in CASES.items():
         by = {
             (s["round"], s["watched"]): s["requests_per_second"]
@@ -123,14 +138,27 @@ def report(result: dict[str, Any]) -> str:
         }
         ratios = [by[turn, True] / by[turn, False] for turn in range(result["rounds"])]
         median, low, high = harness.median_and_interval(ratios)
-        rows.append([title, f"{median:.3f}", f"{low:.3f} - {high:.3f}"])
+        used = [s["watchers_cpu"] for s in result["samples"] if s["case"] == case and s["watched"]]
+        monitor, top = (statistics.median(each) for each in zip(*used, strict=True))
+        rows.append(
+            [
+                title,
+                f"{median:.3f}",
+                f"{low:.3f} - {high:.3f}",
+                f"{1000 * monitor:.1f}",
+                f"{1000 * top:.1f}",
+                f"{(monitor + top) / cores:.2%}",
+            ]
+        )
     return (
         "# Being watched\n\n"
         f"`python bench/observed.py`. {harness.describe(result)}\n\n"
         f"{WORKERS} gevent workers at their peak, {result['rounds']} rounds of"
         f" {result['seconds']} s. Throughput while `hermesctl top` runs and /metrics is read every"
-        " second, to that while monitor and top are stopped; median and its 95 % interval.\n\n"
-        + harness.markdown_table(["", "ratio", "95 %"], rows)
+        " second, to that while both are stopped; median and its 95 % interval. Then"
+        " the CPU time that monitor and top take, in milliseconds a second, and as a share of"
+        " all cores.\n\n"
+        + harness.markdown_table(["", "ratio", "95 %", "monitor", "top", "share"], rows)
     )
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 from hermes_gunicorn import arbiter, policy, settings
 from hermes_gunicorn.dispatch.shared import Admission
 from hermes_gunicorn.errors import HermesError
+from hermes_gunicorn.keeping import Keeping, waited_for_cores
 from hermes_gunicorn.listener import waiting
 from hermes_gunicorn.rescue import Rescuer
 from hermes_gunicorn.scheduler import Scheduler
 from hermes_gunicorn.table import Publisher
-from hermes_gunicorn.workers.keeping import Keeping, waited_for_cores
 
 if TYPE_CHECKING:
     from gunicorn.config import Config
@@ -240,7 +240,9 @@ class HermesMixin(_Base):  # type: ignore[misc]
             self.publisher.settle(_QUIET_NS)
 
     def _weigh(self, elapsed: float) -> None:
-        if self.keeping.weigh(elapsed * 1e9, waited_for_cores()) and not self._told_of_closing:
+        alone = self.publisher.table.eligible().bit_count() < 2
+        closes = self.keeping.weigh(elapsed * 1e9, waited_for_cores(), alone)
+        if closes and not self._told_of_closing:
             self._told_of_closing = True
             self.log.info(
                 "hermes: requests hold their workers for so long that a new connection, to one"

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from hermes_gunicorn.workers.keeping import Keeping, waited_for_cores
+from hermes_gunicorn.keeping import Keeping, waited_for_cores
 
 MS = 1_000_000
 SECOND = 1000 * MS
@@ -68,6 +68,12 @@ def test_one_request_of_many_that_holds_the_worker_is_not_enough():
 def test_connections_are_kept_where_cores_are_short():
     assert after(20, 20 * MS, waited_ns=10 * MS)
     assert not after(20, 20 * MS, waited_ns=150 * MS)
+
+
+def test_connections_are_kept_where_nobody_else_could_serve():
+    keeping = Keeping(always=False)
+    assert after(10, 20 * MS, keeping=keeping)
+    assert not keeping.weigh(SECOND, 0, alone=True)
 
 
 def test_connections_are_kept_where_the_user_says_so():

@@ -65,12 +65,13 @@ class Keeping:
         self._held_ns += ns
         self._squares += ns * ns
 
-    def weigh(self, elapsed_ns: float, waited_ns: int) -> bool:
+    def weigh(self, elapsed_ns: float, waited_ns: int, alone: bool = False) -> bool:
         """Decide anew.
 
         Args:
             elapsed_ns: nanoseconds since the last time, about a second.
             waited_ns: ``waited_for_cores()``.
+            alone: there is no sibling that could serve the next request.
 
         Returns:
             Whether connections are closed from now on.
@@ -82,7 +83,7 @@ class Keeping:
         waits = self._squares > 2 * self._time_ns * _CONNECTS_NS
         long = self._held_ns > self._requests * _LONG_NS
         short_of_cores = self._waited_ns > self._held_ns * _SHORT_OF_CORES
-        self._close = waits and long and not short_of_cores and not self._always
+        self._close = waits and long and not (short_of_cores or alone or self._always)
         self._requests *= _REMEMBERED
         self._time_ns *= _REMEMBERED
         self._held_ns *= _REMEMBERED
