@@ -1,7 +1,7 @@
 """An experiment that all rivals go through in rounds, interleaved, that can be interrupted.
 
 What has been measured is kept line by line beside the result until the run is complete; the
-next call goes on from there.
+next call goes on from there. With more rounds than a result has it adds to that.
 """
 
 from __future__ import annotations
@@ -71,28 +71,31 @@ class Contest:
         parser.add_argument("--rivals", nargs="+", choices=self.rivals, default=self.rivals)
         if len(self.groups) > 1:
             parser.add_argument("--groups", nargs="+", choices=self.groups)
-        parser.add_argument("--fresh", action="store_true", help="forget an interrupted run")
+        parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
         given = parser.parse_args()
         groups: Sequence[str] = getattr(given, "groups", None) or self.groups
         if given.smoke:
             given.rounds, given.seconds, given.fresh = 1, 0.3, True
             given.rivals, groups = self.smoke[0], [self.smoke[1]]
         runs = list(_turns(given.rivals, groups, given.rounds, given.seconds))
-        samples = self._measured(runs, given.output.with_suffix(".part"), given.fresh)
+        part = given.output.with_suffix(".part")
+        if given.fresh:
+            part.unlink(missing_ok=True)
+        known = [] if given.fresh else _known(given.output, given.seconds)
+        samples = self._measured(runs, part, known)
         result = {
             "machine": harness.machine() | {"rivals": {name: version(name) for name in PACKAGES}},
-            "rounds": given.rounds,
+            "rounds": 1 + max(sample["seed"] for sample in samples),
             "seconds": given.seconds,
             "samples": samples,
         }
         harness.write(given.output, result, self.report(result))
+        part.unlink()
 
-    def _measured(self, runs: list[Run], part: Path, fresh: bool) -> list[Sample]:
+    def _measured(self, runs: list[Run], part: Path, samples: list[Sample]) -> list[Sample]:
         part.parent.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            part.unlink(missing_ok=True)
         lines = part.read_text().splitlines() if part.exists() else []
-        samples = [json.loads(line) for line in lines]
+        samples = samples + [json.loads(line) for line in lines]
         known = {(each["rival"], each["group"], each["seed"]) for each in samples}
         todo = [run for run in runs if (run.rival, run.group, run.seed) not in known]
         with part.open("a") as file:
@@ -100,8 +103,14 @@ class Contest:
                 sample = {"rival": run.rival, "group": run.group, "seed": run.seed}
                 samples.append(sample | self.measure(run))
                 print(json.dumps(samples[-1]), file=file, flush=True)
-        part.unlink()
         return samples
+
+
+def _known(output: Path, seconds: float) -> list[Sample]:
+    """Return the samples of a result whose turns were as long."""
+    result: Sample = json.loads(output.read_text()) if output.exists() else {}
+    samples: list[Sample] = result["samples"] if result.get("seconds") == seconds else []
+    return samples
 
 
 def _turns(
