@@ -104,7 +104,8 @@ class Rescuer:
             wanted = min(wanted, max(due, now + _TICK_NS))
             if due <= now:  # each has its tick while help is needed
                 self.next_ns = min(self.next_ns, now + self._round(_TICK_NS))
-            elif 0 < row.busy_since_ns < now - _TICK_NS:  # else it most likely accepts just now
+            # One that has just woken up most likely accepts it, unless a request holds it.
+            elif one or 0 < row.busy_since_ns < now - _TICK_NS:
                 self.next_ns = min(self.next_ns, due)
             if one and self._taken != taken:
                 self.next_ns = now  # after what waits for this worker itself

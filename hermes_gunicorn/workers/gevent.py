@@ -20,6 +20,7 @@ from gunicorn.sock import ssl_context
 from gunicorn.workers import ggevent
 
 from hermes_gunicorn.dispatch.shared import PAUSE
+from hermes_gunicorn.policy import NEVER
 from hermes_gunicorn.table import Publisher
 from hermes_gunicorn.workers.mixin import HermesMixin
 
@@ -187,6 +188,13 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
             self._look_timer.close()
         self._look_timer = get_hub().loop.timer(seconds, ref=False)
         self._look_timer.start(self.look_again)
+
+    def look_again(self) -> None:
+        """Look, but for a sibling who is free if this one is about to serve a request."""
+        if self.holds and self.has_just_accepted():
+            self._wakes_ns = NEVER  # it looks at the end of this turn
+        else:
+            super().look_again()
 
     def _take(self, index: int, listener: Any) -> bool:
         # At the end of a turn gevent has run its callbacks already: the new greenlet would

@@ -141,8 +141,9 @@ def test_whoever_held_the_loop_looks_though_somebody_just_has(table, taken):
     assert taken == ["slot 2"]
 
 
-def test_what_will_need_help_soon_is_looked_at_then(table, taken):
-    queue_up(table, 2, 1, busy_ns=2 * MS, sent_ns=MS)
+@pytest.mark.parametrize("busy_ns", [2 * MS, MS // 2])
+def test_what_will_need_help_soon_is_looked_at_then(table, taken, busy_ns):
+    queue_up(table, 2, 1, busy_ns=busy_ns, sent_ns=MS)
     due = table.row(2).busy_since_ns + 5 * MS
     assert looks(table, taken, one=True).next_ns <= due
     assert taken == []
