@@ -33,3 +33,7 @@ bind = ["127.0.0.1:8000"]
 # What waits for a worker that is busy for so many seconds is taken by others that have
 # less to do.
 # hermes_rescue_after = 0.005
+
+# Whether connections are kept while requests hold their workers for long: "auto" closes
+# them then, so that the next request can go to a worker that is free; or "always".
+# hermes_keepalive = "auto"
