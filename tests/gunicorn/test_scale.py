@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 
-from gunicorn_server import under_load
+from gunicorn_server import under_load, wait_for
 
 WORKERS = 130
 
@@ -17,6 +17,11 @@ def test_130_workers_share_kept_alive_connections_evenly(launch):
         workers=WORKERS,
     )
     server.wait_ready(seconds=60)
+
+    def is_idle() -> bool:
+        return sum(row["requests"] + row["queued"] for row in server.rows()) <= 1  # this question
+
+    wait_for(is_idle, "all questions to be off the books")
     with contextlib.ExitStack() as stack:
         counts: Counter[int] = Counter()
         clients = [stack.enter_context(server.connect()) for _ in range(3 * WORKERS)]
