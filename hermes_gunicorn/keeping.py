@@ -11,6 +11,7 @@ what is short.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Final
 
@@ -29,12 +30,13 @@ def waited_for_cores() -> int:
         The second number of ``/proc/self/task/*/schedstat``, of all; 0 where there is none.
     """
     total = 0
-    try:
+    with contextlib.suppress(OSError):  # other systems
         for task in os.listdir("/proc/self/task"):
-            with open(f"/proc/self/task/{task}/schedstat", "rb") as file:
+            with (
+                contextlib.suppress(OSError, ValueError, IndexError),  # it has just ended
+                open(f"/proc/self/task/{task}/schedstat", "rb") as file,
+            ):
                 total += int(file.read().split()[1])
-    except (OSError, ValueError, IndexError):  # other systems; or a thread has just ended
-        return 0
     return total
 
 

@@ -35,6 +35,8 @@ class _Server(PublishingServer, ggevent.PyWSGIServer):  # type: ignore[misc]
 class HermesGeventPyWSGIWorker(HermesGeventWorker):
     """gunicorn's gevent_pywsgi worker with a slot of its own."""
 
+    may_close = False
+
     def new_server(self, sock: Any, **options: Any) -> PublishingServer:
         """Make the server of a listener, as gunicorn's worker does."""
         environ = base_environ(self.cfg)

@@ -51,6 +51,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
     publisher: Publisher
     keeping: Keeping
     serves_inline = False  # accepting a connection is serving it
+    may_close = True  # obeys ``keeping``
     holds = False
     _held_at = -_HELD_NS
     _wakes_ns = policy.NEVER
@@ -240,6 +241,8 @@ class HermesMixin(_Base):  # type: ignore[misc]
             self.publisher.settle(_QUIET_NS)
 
     def _weigh(self, elapsed: float) -> None:
+        if not self.may_close:
+            return
         alone = self.publisher.table.eligible().bit_count() < 2
         closes = self.keeping.weigh(elapsed * 1e9, waited_for_cores(), alone)
         if closes and not self._told_of_closing:

@@ -26,6 +26,7 @@ class HermesSyncWorker(HermesMixin, sync.SyncWorker):  # type: ignore[misc]
     """gunicorn's sync worker with a slot of its own."""
 
     serves_inline = True
+    may_close = False  # it never keeps one
 
     def run(self) -> None:
         """Serve until told to stop, then take what was sent here. Follows ``SyncWorker.run``."""

@@ -352,6 +352,14 @@ def test_connections_are_kept_where_the_user_says_so_or_nobody_else_is_there(
     assert all(is_kept(server, "/block?0.1") for _ in range(6))
 
 
+@only(*CLASSES.keys() - set(KEEPING))
+def test_who_does_not_obey_hermes_keepalive_says_nothing_of_it(serve):
+    server = serve(workers=2)
+    for _ in range(40):
+        server.get("/block?0.1")
+    assert not server.lines("hermes_keepalive")
+
+
 @only("asyncio", "uvloop")
 def test_websockets_are_spread_evenly(serve):
     server = serve(*UNHURRIED, workers=4)
