@@ -12,9 +12,9 @@ from typing import Any
 
 import harness
 from classes import load, percentile
-from contest import Contest, Run, present
+from contest import Contest, Run, by_group
 from load import Plan
-from rivals import OURS, RIVALS
+from rivals import RIVALS
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 PER_WORKER = 16
@@ -86,18 +86,7 @@ def report(result: dict[str, Any]) -> str:
         f" {result['seconds']:g} s, then as many cheap ones come on new connections.\n"
     )
     for title, value in VALUES.items():
-        rows = []
-        for rival in present(result):
-            row = [f"**{rival}**" if rival in OURS else rival]
-            for count in counts:
-                runs = [
-                    value(s)
-                    for s in result["samples"]
-                    if (s["rival"], s["group"]) == (rival, count)
-                ]
-                row.append(f"{statistics.median(runs):.2f}" if runs else "")
-            rows.append(row)
-        text += f"\n## {title}\n\n" + harness.markdown_table(["", *counts], rows)
+        text += f"\n## {title}\n\n" + by_group(result, counts, value)
     failed = sum(sample["failed"] for sample in result["samples"])
     return f"{text}\nFailed requests, all together: {failed}.\n"
 

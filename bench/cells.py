@@ -22,7 +22,7 @@ WORKERS = 8
 KEPT = 64
 LOADS = {"light": 1, "medium": 2, "heavy": 3}
 TIME_WORSE, THROUGHPUT_WORSE = 1.5, 0.8
-WHAT = ("mean_ms", "p99_ms", "answered_per_s")
+WHAT = ("mean_ms", "p99_ms", "answered_per_s", "cpu_ms")
 
 Cell = dict[str, dict[str, float]]
 
@@ -124,8 +124,9 @@ def report(result: dict[str, Any]) -> str:
         f"`python bench/cells.py`. {harness.describe(result)}\n\n"
         f"{WORKERS} workers, {result['rounds']} rounds of {result['seconds']:g} s, medians. Latency"
         " counts from the intended time of sending. Marks: m mean or p p99 over 1.5 times the"
-        " best of the cell, t answers below 0.8 of the most, f failed requests. Costly requests"
-        " come in two kinds, so the twelve cells are eighteen.\n\n## Cells lost\n\n"
+        " best of the cell, t answers below 0.8 of the most, f failed requests. CPU is what the"
+        " server uses for a request at heavy load, in ms. Costly requests come in two kinds, so"
+        " the twelve cells are eighteen.\n\n## Cells lost\n\n"
         "Servers that are written in C or Rust need less time for HTTP itself than gunicorn,"
         " whoever dispatches; so once among all, and once among gunicorn's workers.\n\n"
     )
@@ -141,6 +142,7 @@ def report(result: dict[str, Any]) -> str:
         ],
     )
     header = [f"{level} {what}".strip() for level in LOADS for what in ("mean", "p99", "")]
+    header.append("CPU")
     for name, case in CASES.items():
         if (name, "light") not in cells:
             continue
@@ -153,6 +155,7 @@ def report(result: dict[str, Any]) -> str:
                 cell = cells[name, level]
                 mine = cell[rival]
                 row += [f"{mine['mean_ms']:.1f}", f"{mine['p99_ms']:.1f}", marks(cell, rival)]
+            row.append(f"{cells[name, 'heavy'][rival]['cpu_ms']:.2f}")
             rows.append(row)
         text += harness.markdown_table(["", *header], rows)
     return text

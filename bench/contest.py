@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,9 +17,9 @@ from typing import Any
 
 import harness
 import tqdm
-from rivals import PACKAGES, RIVALS
+from rivals import OURS, PACKAGES, RIVALS
 
-__all__ = ["Contest", "Run"]
+__all__ = ["Contest", "Run", "by_group", "present"]
 
 Sample = dict[str, Any]
 
@@ -128,3 +129,19 @@ def present(result: Sample) -> list[str]:
     """Return the rivals of a result in their usual order."""
     names = {sample["rival"] for sample in result["samples"]}
     return [name for name in RIVALS if name in names]
+
+
+def by_group(result: Sample, groups: Sequence[str], value: Callable[[Sample], float]) -> str:
+    """Lay out the medians of a value: a row for each rival, a column for each group."""
+    rows = []
+    for rival in present(result):
+        row = [f"**{rival}**" if rival in OURS else rival]
+        for group in groups:
+            runs = [
+                value(sample)
+                for sample in result["samples"]
+                if (sample["rival"], sample["group"]) == (rival, group)
+            ]
+            row.append(f"{statistics.median(runs):.2f}" if runs else "")
+        rows.append(row)
+    return harness.markdown_table(["", *groups], rows)

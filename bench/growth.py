@@ -11,13 +11,14 @@ import contextlib
 import resource
 import socket
 import statistics
+from operator import itemgetter
 from typing import Any
 
 import harness
 from classes import load, percentile
-from contest import Contest, Run, present
+from contest import Contest, Run, by_group
 from load import Plan
-from rivals import OURS, RIVALS, Rival
+from rivals import RIVALS, Rival
 
 WORKERS, RATE = 8, 300
 IDLE, BINDS = (0, 1000, 4000), (2, 8, 32)
@@ -77,24 +78,7 @@ def report(result: dict[str, Any]) -> str:
         f" {result['seconds']:g} s.\n"
     )
     for title, value in VALUES.items():
-        rows = [
-            [
-                f"**{rival}**" if rival in OURS else rival,
-                *(
-                    format(
-                        statistics.median(
-                            s[value]
-                            for s in result["samples"]
-                            if (s["rival"], s["group"]) == (rival, group)
-                        ),
-                        ".2f",
-                    )
-                    for group in groups
-                ),
-            ]
-            for rival in present(result)
-        ]
-        text += f"\n## {title}\n\n" + harness.markdown_table(["", *groups], rows)
+        text += f"\n## {title}\n\n" + by_group(result, groups, itemgetter(value))
     failed = sum(sample["failed"] for sample in result["samples"])
     return f"{text}\nFailed requests, all together: {failed}.\n"
 

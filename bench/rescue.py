@@ -1,38 +1,43 @@
 """How soon siblings should help a worker that is busy: p99 and CPU by hermes_rescue_after.
 
-Requests hold their gevent worker like a driver that does not yield, with Poisson arrivals on
-new connections: short ones, which are nearly done when help comes, and long ones.
+With Poisson arrivals on new connections: requests that hold their gevent worker like a driver
+that does not yield, short ones, which are nearly done when help comes, and long ones; and some
+that a free worker helps little, as it is cores that are short, or as they are cheap.
 """
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
 from typing import Any
 
 import harness
 from classes import load, percentile
+from contest import Contest, Run
 from load import Plan
 
 WORKERS = 8
 AFTER = ("0", "0.001", "0.002", "0.005", "0.01", "0.02", "0.05", "3600")
-LOADS = {"5 ms, 600/s": ("/hold/5", 600), "20 ms, 260/s": ("/hold/20", 260)}
+LOADS = {
+    "5 ms, 600/s": ("/hold/5", 600),
+    "20 ms, 260/s": ("/hold/20", 260),
+    "5 ms of CPU, 240/s": ("/burn/5", 240),
+    "cheap, 900/s": ("/", 900),
+}
+WHAT = {"p50_ms": "p50 ms", "p99_ms": "p99 ms", "cpu_ms": "CPU ms"}
 
 
-def sample(what: str, after: str, seed: int, seconds: float) -> dict[str, Any]:
+def measure(run: Run) -> dict[str, Any]:
     """Put a load on a server with that setting."""
-    path, rate = LOADS[what]
-    flags = ["-k", "hermes", "--hermes-strict", "--hermes-rescue-after", after]
-    with harness.serving(after, WORKERS, flags, "app:wsgi") as server:
+    path, rate = LOADS[run.group]
+    flags = ["-k", "hermes", "--hermes-strict", "--hermes-rescue-after", run.rival]
+    with harness.serving(run.rival, WORKERS, flags, "app:wsgi") as server:
         time.sleep(0.5)
         cpu = server.cpu_seconds()
-        outcome = load(Plan(port=server.port, seed=seed, seconds=seconds, rate=rate, path=path))
+        plan = Plan(port=server.port, seed=run.seed, seconds=run.seconds, rate=rate, path=path)
+        outcome = load(plan)
         cpu = server.cpu_seconds() - cpu
     return {
-        "load": what,
-        "after": after,
-        "seed": seed,
         "failed": outcome.failed,
         "p50_ms": round(percentile(outcome.latencies, 50), 2),
         "p99_ms": round(percentile(outcome.latencies, 99), 2),
@@ -40,43 +45,35 @@ def sample(what: str, after: str, seed: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
+def report(result: dict[str, Any]) -> str:
     """Make the Markdown from the result."""
     rows = []
     for what in LOADS:
         for after in AFTER:
             # A smoke run has only some.
-            runs = [s for s in result["samples"] if (s["load"], s["after"]) == (what, after)]
-            if not runs:
-                continue
-            cells = (statistics.median(s[k] for s in runs) for k in ("p50_ms", "p99_ms", "cpu_ms"))
-            rows.append([what, after, *(f"{cell:.2f}" for cell in cells)])
+            runs = [s for s in result["samples"] if (s["group"], s["rival"]) == (what, after)]
+            if runs:
+                cells = (statistics.median(run[key] for run in runs) for key in WHAT)
+                rows.append([what, after, *(f"{cell:.2f}" for cell in cells)])
     return (
         "# Rescue delay\n\n"
         f"`python bench/rescue.py`. {harness.describe(result)}\n\n"
         f"{WORKERS} gevent workers; medians of {result['rounds']} rounds, in which all get the same"
         " arrivals. 3600: only those that hang, are frozen or gone are helped.\n\n"
-        + harness.markdown_table(
-            ["load", "hermes_rescue_after", "p50 ms", "p99 ms", "CPU ms"], rows
-        )
+        + harness.markdown_table(["load", "hermes_rescue_after", *WHAT.values()], rows)
     )
 
 
-def main() -> None:
-    """Run and write the result."""
-    parser = harness.parser(__doc__.splitlines()[0], "rescue")
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    rounds, seconds = (1, 0.5) if arguments.smoke else (arguments.rounds, 8.0)
-    chance = random.Random(0)
-    runs = [(what, after) for what in LOADS for after in (AFTER[:1] if arguments.smoke else AFTER)]
-    samples = []
-    for seed in range(rounds):
-        for what, after in chance.sample(runs, len(runs)):
-            samples.append(sample(what, after, seed, seconds))
-    result = {"machine": harness.machine(), "rounds": rounds, "samples": samples}
-    harness.write(arguments.output, result, table(result))
-
+CONTEST = Contest(
+    "rescue",
+    __doc__.splitlines()[0],
+    measure,
+    report,
+    groups=tuple(LOADS),
+    rivals=AFTER,
+    smoke=(AFTER[:1], "20 ms, 260/s"),
+    seconds=8.0,
+)
 
 if __name__ == "__main__":
-    main()
+    CONTEST.main()

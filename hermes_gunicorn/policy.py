@@ -57,6 +57,7 @@ from hermes_gunicorn.table import (
 
 __all__ = [
     "NEVER",
+    "REMARKABLE_NS",
     "View",
     "better",
     "candidates",
@@ -70,6 +71,7 @@ __all__ = [
 ]
 
 NEVER: Final = 1 << 64  # later than any time
+REMARKABLE_NS: Final = 200_000_000  # being busy for so long is told; for less it is work
 
 # 63 requests of weight 2**20 // 63 are not quite 2**20.
 _FULL = WEIGHT - WEIGHT // 1024

@@ -30,7 +30,6 @@ __all__ = ["EVERY", "Watch"]
 EVERY: Final = 0.25  # seconds between samples
 _LASTS: Final = 600.0  # seconds of history
 _MAX_EVENTS: Final = 1000
-_SHORTEST_HANG: Final = 0.2  # seconds; shorter ones are work
 _POINT: Final = 1.0  # seconds between points of the series
 _PAUSE: Final = 5.0  # seconds; what happens again within them is the same event
 
@@ -153,7 +152,7 @@ class Watch:
             slot.dispatched, slot.at = row.dispatched, time.monotonic()
 
     def _follow_hang(self, slot: _Slot, row: Row, now: int) -> None:
-        threshold_ns = max(self.table.hang_threshold_ns, round(_SHORTEST_HANG * 1e9))
+        threshold_ns = max(self.table.hang_threshold_ns, policy.REMARKABLE_NS)
         hung = row.state == READY and policy.is_hung(row.busy_since_ns, now, threshold_ns)
         since = row.busy_since_ns if hung else row.frozen_since_ns
         if not since:
@@ -313,7 +312,9 @@ def _name(names: tuple[str, ...], index: int) -> str:
 def _problems(workers: list[dict[str, Any]], binds: list[dict[str, Any]]) -> list[str]:
     """Say what is not as it should be, one line each."""
     ready = [worker for worker in workers if worker["state"] == "ready"]
-    stuck = [w for w in ready if w["frozen"] or (w["busy"] > _SHORTEST_HANG and w["hung"])]
+    stuck = [
+        w for w in ready if w["frozen"] or (w["hung"] and w["busy"] > policy.REMARKABLE_NS / 1e9)
+    ]
     problems = []
     if not ready:
         problems.append("no worker is ready")

@@ -28,7 +28,6 @@ HANDSHAKE_GRACE: Final = 1.0  # seconds: a connection sent here may still be on 
 _MIND_NS: Final = 1_000_000  # between ends of turns at which more than publishing is done
 _HELD_NS: Final = 200_000_000  # after a request that held the loop: others may as well
 _BOOKED_WITHIN: Final = 0.01  # seconds: the kernel chooses first and books then
-_HANG_NS: Final = 200_000_000  # what is worth a line; at their peak workers help each other often
 _SELDOM: Final = 1.0  # seconds between looks by a worker that does not help
 _QUIET_NS: Final = 3_000_000_000  # without a dispatch for so long, none is on its way
 
@@ -215,7 +214,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
             self.keeping.held(busy_ns)
         self.holds = woke_ns - self._held_at < _HELD_NS
         if self.publisher.lost and self.publisher.drifted:
-            if busy_ns >= _HANG_NS:
+            if busy_ns >= policy.REMARKABLE_NS:  # at their peak workers help each other often
                 self._tell(busy_ns)
             self.settle()
         self.look()
