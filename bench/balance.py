@@ -28,7 +28,7 @@ def measure(run: Run) -> dict[str, Any]:
     workers = int(run.group)
     rival = RIVALS[run.rival]
     with harness.competing(run.rival, rival, workers, keep=True) as server:
-        children = server.arbiter.children(recursive=True)
+        children = server.arbiter.children(recursive=True) or [server.arbiter]
         before = [harness.on_cpu(child.pid) for child in children]
         kept = load(
             Plan(
@@ -44,7 +44,7 @@ def measure(run: Run) -> dict[str, Any]:
         used, switches = server.cpu_seconds(), server.context_switches()
         new = load(Plan(port=server.port, seed=run.seed, seconds=run.seconds, rate=RATE, path="/"))
         used, switches = server.cpu_seconds() - used, server.context_switches() - switches
-    processes = rival.processes(workers)
+    processes = max(rival.processes(workers), 1)
     connections = kept.by_worker + [0] * (processes - len(kept.by_worker))
     # A helper process beside the workers is not one of them.
     busiest = sorted(cpu, reverse=True)[:processes]
@@ -81,7 +81,7 @@ def report(result: dict[str, Any]) -> str:
     text = (
         "# Balance and cost\n\n"
         f"`python bench/balance.py`. {harness.describe(result)}\n\n"
-        f"By the number of workers; medians of {result['rounds']} rounds. First {PER_WORKER}"
+        f"By the number of workers; medians of {harness.rounds(result)}. First {PER_WORKER}"
         f" kept-alive connections for each worker carry {RATE} requests/s of 1 ms of CPU for"
         f" {result['seconds']:g} s, then as many cheap ones come on new connections.\n"
     )

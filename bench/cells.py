@@ -122,7 +122,7 @@ def report(result: dict[str, Any]) -> str:
     text = (
         "# The twelve cells\n\n"
         f"`python bench/cells.py`. {harness.describe(result)}\n\n"
-        f"{WORKERS} workers, {result['rounds']} rounds of {result['seconds']:g} s, medians. Latency"
+        f"{WORKERS} workers, {harness.rounds(result)} of {result['seconds']:g} s, medians. Latency"
         " counts from the intended time of sending. Marks: m mean or p p99 over 1.5 times the"
         " best of the cell, t answers below 0.8 of the most, f failed requests. CPU is what the"
         " server uses for a request at heavy load, in ms. Costly requests come in two kinds, so"

@@ -58,7 +58,7 @@ def report(result: dict[str, Any]) -> str:
         "# The load generator, cross-checked\n\n"
         f"`python bench/check_load.py`. {harness.describe(result)}\n\n"
         f"`bench/load.py` and httperf: {RATE} requests/s at fixed intervals, each on a new"
-        f" connection, to {WORKERS} hermes workers; medians of {result['rounds']} rounds.\n\n"
+        f" connection, to {WORKERS} hermes workers; medians of {harness.rounds(result)}.\n\n"
         + harness.markdown_table(["", "", "mean ms", "p50 ms", "max ms"], rows)
     )
 

@@ -242,7 +242,7 @@ def tables(result: dict[str, Any]) -> str:
     text = (
         "# Worker classes\n\n"
         f"`python bench/classes.py`. {harness.describe(result)}\n\n"
-        f"{result['rounds']} rounds; in each all four get the same Poisson arrivals, in random"
+        f"{harness.rounds(result)}; in each all four get the same Poisson arrivals, in random"
         " order. Medians; ratios are taken within a round, with their range. Latency counts from"
         " the intended time of sending. kernel and shared are ours, in those modes; stock shares"
         " one socket; gthread has four threads.\n"

@@ -74,7 +74,7 @@ def report(result: dict[str, Any]) -> str:
     text = (
         "# Growth with connections and binds\n\n"
         f"`python bench/growth.py`. {harness.describe(result)}\n\n"
-        f"{WORKERS} workers, {RATE} requests/s, medians of {result['rounds']} rounds of"
+        f"{WORKERS} workers, {RATE} requests/s, medians of {harness.rounds(result)} of"
         f" {result['seconds']:g} s.\n"
     )
     for title, value in VALUES.items():

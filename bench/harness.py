@@ -264,6 +264,11 @@ def describe(result: dict[str, Any]) -> str:
     )
 
 
+def rounds(result: dict[str, Any]) -> str:
+    """Say how many rounds a result has."""
+    return f"{result['rounds']} round" + "s" * (result["rounds"] != 1)
+
+
 def write(output: Path, result: dict[str, Any], markdown: str) -> None:
     """Write the raw result, and beside it the tables made from it."""
     output.parent.mkdir(parents=True, exist_ok=True)

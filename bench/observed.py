@@ -153,7 +153,7 @@ def report(result: dict[str, Any]) -> str:
     return (
         "# Being watched\n\n"
         f"`python bench/observed.py`. {harness.describe(result)}\n\n"
-        f"{WORKERS} gevent workers at their peak, {result['rounds']} rounds of"
+        f"{WORKERS} gevent workers at their peak, {harness.rounds(result)} of"
         f" {result['seconds']} s. Throughput while `hermesctl top` runs and /metrics is read every"
         " second, to that while both are stopped; median and its 95 % interval. Then"
         " the CPU time that monitor and top take, in milliseconds a second, and as a share of"

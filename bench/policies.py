@@ -12,7 +12,7 @@ import heapq
 import random
 import statistics
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,10 @@ class Worker:
     job: Job | None = None
     connections: int = 0
 
+    def hangs(self, now: int) -> bool:
+        """Tell whether it is busy for too long."""
+        return policy.is_hung(self.job.start if self.job else 0, now, THRESHOLD_NS)
+
     def row(self) -> Row:
         """Return what it publishes."""
         serving = self.job is not None
@@ -80,6 +84,21 @@ class Worker:
         )
 
 
+class Rows(Sequence[Row]):
+    """The rows of workers, made when they are looked at: of 1,024 that is 128."""
+
+    def __init__(self, workers: list[Worker]) -> None:
+        self._workers = workers
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [worker.row() for worker in self._workers[index]]
+        return self._workers[index].row()
+
+
 class Simulation:
     """A server whose connections are dispatched by a rule."""
 
@@ -89,6 +108,7 @@ class Simulation:
         self.choose: Callable[[int], int] = getattr(self, rule)
         self._selected = ALL_SLOTS
         self._scheduled = 0
+        self._ways = policy.ways(self._view(0))  # nobody ever leaves
 
     def run(self, jobs: list[Job]) -> list[Job]:
         """Serve jobs, given by arrival."""
@@ -106,9 +126,9 @@ class Simulation:
             if job is None:
                 continue
             worker = self.workers[self.choose(job.arrival)]
-            idle = [w for w in self.workers[1:] if w.job is None and not w.queue]
-            if worker.slot == SHARED_SLOT and idle:
-                worker = self.chance.choice(idle)
+            if worker.slot == SHARED_SLOT:
+                idle = [w for w in self.workers[1:] if w.job is None and not w.queue]
+                worker = self.chance.choice(idle) if idle else worker
             if worker.slot != SHARED_SLOT and worker.job is None:
                 self._begin(worker, job, job.arrival, ends)
             else:
@@ -121,9 +141,7 @@ class Simulation:
 
     def _schedule(self, now: int) -> None:
         rows = [worker.row() for worker in self.workers]
-        live = [
-            row.slot for row in rows[1:] if not policy.is_hung(row.busy_since_ns, now, THRESHOLD_NS)
-        ]
+        live = [worker.slot for worker in self.workers[1:] if not worker.hangs(now)]
         events = [row.requests + row.queued for row in rows]
         self._selected = policy.select(live, [row.connections for row in rows], events, THETA)
         self._scheduled = now
@@ -138,11 +156,11 @@ class Simulation:
 
     def two_choices(self, now: int) -> int:
         """The better of two random workers that do not hang."""
-        rows = [worker.row() for worker in self.workers[1:]]
-        live = [r for r in rows if not policy.is_hung(r.busy_since_ns, now, THRESHOLD_NS)]
+        live = [w for w in self.workers[1:] if not w.hangs(now)]
         if not live:
             return SHARED_SLOT
-        return min(self.chance.sample(live, min(2, len(live))), key=policy.rank).slot
+        two = self.chance.sample(live, min(2, len(live)))
+        return min((worker.row() for worker in two), key=policy.rank).slot
 
     def least_loaded(self, now: int) -> int:
         """Ours."""
@@ -153,16 +171,18 @@ class Simulation:
         return self._model(CASCADE, now)
 
     def _model(self, chosen: int, now: int) -> int:
-        view = policy.View(
-            rows=[worker.row() for worker in self.workers],
+        way = self.chance.choice(self._ways)
+        return self.chance.choice(sorted(policy.outcome(self._view(chosen), way, now)))
+
+    def _view(self, chosen: int) -> policy.View:
+        return policy.View(
+            rows=Rows(self.workers),
             eligible=ALL_SLOTS - 1 & (1 << len(self.workers)) - 1,
             selected=self._selected,
             allowed=ALL_SLOTS,
             policy=chosen,
             threshold_ns=THRESHOLD_NS,
         )
-        slots = self.chance.choice(policy.candidates(view, now))
-        return self.chance.choice(sorted(slots))
 
 
 RULES = ("hash", "two_choices", "cascade", "least_loaded", "shared")

@@ -58,7 +58,7 @@ def report(result: dict[str, Any]) -> str:
     return (
         "# Rescue delay\n\n"
         f"`python bench/rescue.py`. {harness.describe(result)}\n\n"
-        f"{WORKERS} gevent workers; medians of {result['rounds']} rounds, in which all get the same"
+        f"{WORKERS} gevent workers; medians of {harness.rounds(result)}, in which all get the same"
         " arrivals. 3600: only those that hang, are frozen or gone are helped.\n\n"
         + harness.markdown_table(["load", "hermes_rescue_after", *WHAT.values()], rows)
     )

@@ -30,7 +30,7 @@ class Rival:
     Attributes:
         command: makes the command line from a port, the number of workers, and whether
             clients keep their connections.
-        processes: how many processes serve, by the number of workers.
+        processes: how many children serve, by the number of workers.
     """
 
     command: Callable[[int, int, bool], list[str]]
@@ -110,5 +110,6 @@ RIVALS: dict[str, Rival] = {
     "uwsgi, thunder-lock": _uwsgi("--thunder-lock"),
     "uwsgi, reuse-port": _uwsgi("--reuse-port"),
     "granian": Rival(_granian),
-    "uvicorn": Rival(_uvicorn),
+    # Alone, its worker is the process that was started.
+    "uvicorn": Rival(_uvicorn, lambda workers: workers if workers > 1 else 0),
 }

@@ -71,7 +71,7 @@ def report(result: dict[str, Any]) -> str:
         f"`python bench/utilisation.py`. {harness.describe(result)}\n\n"
         f"{WORKERS} workers. The highest rate, in steps of {STEP - 1:.0%}, at which p99 of cheap"
         f" requests (0.5 ms of CPU, a new connection each) stays below {LIMIT_MS:g} ms while one in"
-        f" fifty holds its worker for 50 ms; median and range of {result['rounds']} rounds. Cost"
+        f" fifty holds its worker for 50 ms; median and range of {harness.rounds(result)}. Cost"
         f" of a unit of load: relative to {BASE}.\n\n"
         + harness.markdown_table(["", "requests/s", "cost"], rows)
     )

@@ -41,7 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from hermes_gunicorn.table import (
     BY_CLIENT,
@@ -59,15 +59,18 @@ __all__ = [
     "NEVER",
     "REMARKABLE_NS",
     "View",
+    "Way",
     "better",
     "candidates",
     "is_full",
     "is_hung",
     "is_live",
     "locality",
+    "outcome",
     "rank",
     "rescue_at",
     "select",
+    "ways",
 ]
 
 NEVER: Final = 1 << 64  # later than any time
@@ -243,16 +246,26 @@ def _mix(key: int) -> int:
     return key ^ key >> 16
 
 
-def candidates(view: View, now_ns: int, own: int | None = None) -> list[set[int]]:
-    """Return the slots a connection may be sent to, one set for each way the hash may go.
+class Way(NamedTuple):
+    """How the hash may go: the two groups it draws.
+
+    Attributes:
+        first: where the search begins.
+        second: the other one.
+        compare: whether that counts even when the first has somebody.
+    """
+
+    first: int
+    second: int
+    compare: bool
+
+
+def ways(view: View, own: int | None = None) -> list[Way]:
+    """Return the ways the hash may go, each as likely as the others.
 
     Args:
         view: what the program sees.
-        now_ns: CLOCK_MONOTONIC.
         own: the connection's locality group; None without such groups.
-
-    Returns:
-        Sets of which the hash picks one, then a member.
     """
     usable = view.eligible & view.allowed
     groups = -(-len(view.rows) // SLOTS_PER_GROUP)
@@ -263,9 +276,22 @@ def candidates(view: View, now_ns: int, own: int | None = None) -> list[set[int]
         # the next, and looked at only in need.
         start = _group_from(usable, first, groups)
         for other in [g for g in local if g != first] or [start + 1]:
-            second = _group_from(usable, other, groups)
-            result.append(_outcome(view, usable, now_ns, start, second, len(local) > 1))
+            result.append(Way(start, _group_from(usable, other, groups), len(local) > 1))
     return result
+
+
+def candidates(view: View, now_ns: int, own: int | None = None) -> list[set[int]]:
+    """Return the slots a connection may be sent to, one set for each of ``ways``.
+
+    Args:
+        view: what the program sees.
+        now_ns: CLOCK_MONOTONIC.
+        own: the connection's locality group; None without such groups.
+
+    Returns:
+        Sets of which the hash picks one, then a member.
+    """
+    return [outcome(view, way, now_ns) for way in ways(view, own)]
 
 
 def _group_from(usable: int, index: int, groups: int) -> int:
@@ -274,10 +300,10 @@ def _group_from(usable: int, index: int, groups: int) -> int:
     return next((g for g in around if usable >> g * SLOTS_PER_GROUP & _WORD), around[-1])
 
 
-def _outcome(
-    view: View, usable: int, now_ns: int, first: int, second: int, compare: bool
-) -> set[int]:
-    """Choose among two groups; ``compare``: even when the first has somebody."""
+def outcome(view: View, way: Way, now_ns: int) -> set[int]:
+    """Return the slots of which the hash picks one, once it has drawn the groups."""
+    usable = view.eligible & view.allowed
+    first, second, compare = way
     if view.policy == CASCADE:
         picks = usable & view.selected
         fit = {row.slot for row in _members(view, picks, first) if _is_fit(view, row, now_ns)}
