@@ -16,7 +16,7 @@ import harness
 from classes import load, percentile
 from contest import Contest, Run, present
 from load import Plan
-from rivals import GUNICORN, OURS, RIVALS
+from rivals import GUNICORN, RIVALS, label
 
 WORKERS = 8
 KEPT = 64
@@ -134,7 +134,7 @@ def report(result: dict[str, Any]) -> str:
         ["", f"of {len(cells)}", "among gunicorn's"],
         [
             [
-                f"**{rival}**" if rival in OURS else rival,
+                label(rival),
                 str(lost[rival]),
                 str(lost_there.get(rival, "")),
             ]
@@ -150,7 +150,7 @@ def report(result: dict[str, Any]) -> str:
         text += f"\n## {name.partition(',')[0]}: {case.title} ({rates} requests/s)\n\n"
         rows = []
         for rival in rivals:
-            row = [f"**{rival}**" if rival in OURS else rival]
+            row = [label(rival)]
             for level in LOADS:
                 cell = cells[name, level]
                 mine = cell[rival]

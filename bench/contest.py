@@ -17,7 +17,7 @@ from typing import Any
 
 import harness
 import tqdm
-from rivals import OURS, PACKAGES, RIVALS
+from rivals import PACKAGES, RIVALS, label
 
 __all__ = ["Contest", "Run", "by_group", "present"]
 
@@ -135,7 +135,7 @@ def by_group(result: Sample, groups: Sequence[str], value: Callable[[Sample], fl
     """Lay out the medians of a value: a row for each rival, a column for each group."""
     rows = []
     for rival in present(result):
-        row = [f"**{rival}**" if rival in OURS else rival]
+        row = [label(rival)]
         for group in groups:
             runs = [
                 value(sample)

@@ -14,7 +14,7 @@ import harness
 from classes import SLOW, load, percentile
 from contest import Contest, Run, present
 from load import Plan
-from rivals import OURS, RIVALS
+from rivals import RIVALS, label
 
 WORKERS = 8
 RATE, HANGING, HANG_MS = 200, 0.01, 1000
@@ -52,7 +52,7 @@ def report(result: dict[str, Any]) -> str:
         p99 = [run["p99_ms"] for run in runs]
         rows.append(
             [
-                f"**{rival}**" if rival in OURS else rival,
+                label(rival),
                 f"{slow} of {probes}",
                 f"{slow / max(probes, 1):.2%}",
                 f"{statistics.median(run['p50_ms'] for run in runs):.1f}",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import harness
 
-__all__ = ["GUNICORN", "OURS", "PACKAGES", "RIVALS", "Rival"]
+__all__ = ["GUNICORN", "OURS", "PACKAGES", "RIVALS", "Rival", "label"]
 
 # gunicorn's HTTP parser in C, which it uses where it is installed, is all gunicorns' here.
 PACKAGES = ("uWSGI", "granian", "uvicorn", "gunicorn_h1c")
@@ -113,3 +113,8 @@ RIVALS: dict[str, Rival] = {
     # Alone, its worker is the process that was started.
     "uvicorn": Rival(_uvicorn, lambda workers: workers if workers > 1 else 0),
 }
+
+
+def label(rival: str) -> str:
+    """Return its name as tables show it: ours stand out."""
+    return f"**{rival}**" if rival in OURS else rival

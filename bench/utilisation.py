@@ -15,7 +15,7 @@ import harness
 from classes import load, percentile
 from contest import Contest, Run, present
 from load import Plan
-from rivals import OURS, RIVALS
+from rivals import RIVALS, label
 
 WORKERS = 8
 FIRST, STEP, LAST = 100.0, 1.2, 3000.0
@@ -61,7 +61,7 @@ def report(result: dict[str, Any]) -> str:
         ranges = [s["safe"] for s in result["samples"] if s["rival"] == rival]
         rows.append(
             [
-                f"**{rival}**" if rival in OURS else rival,
+                label(rival),
                 f"{rate:.0f} ({min(ranges):.0f} - {max(ranges):.0f})",
                 f"{safe[BASE] / rate:.2f}" if rate and BASE in safe else "-",
             ]
