@@ -6,7 +6,7 @@ on a new connection it would go there. So while the expected wait is longer than
 connection takes, and a request much longer than that, responses close their connection.
 
 Not where it is cores that are short: then siblings are no faster, and a connection costs
-what is short.
+what is short. For the same reason workers do not look after each other at every turn then.
 """
 
 from __future__ import annotations
@@ -45,7 +45,12 @@ class Keeping:
 
     Args:
         always: keep whatever happens.
+
+    Attributes:
+        short_of_cores: what seemed to hold it was in good part waiting for a core.
     """
+
+    short_of_cores = False
 
     def __init__(self, always: bool) -> None:
         self._always = always
@@ -84,8 +89,8 @@ class Keeping:
         # What comes at a random time into holds h waits for the sum of h * h / 2 over the time.
         waits = self._squares > 2 * self._time_ns * _CONNECTS_NS
         long = self._held_ns > self._requests * _LONG_NS
-        short_of_cores = self._waited_ns > self._held_ns * _SHORT_OF_CORES
-        self._close = waits and long and not (short_of_cores or alone or self._always)
+        self.short_of_cores = self._waited_ns > self._held_ns * _SHORT_OF_CORES
+        self._close = waits and long and not (self.short_of_cores or alone or self._always)
         self._requests *= _REMEMBERED
         self._time_ns *= _REMEMBERED
         self._held_ns *= _REMEMBERED

@@ -43,6 +43,16 @@ def _waits_since(row: Row) -> int:
     return row.last_dispatch_ns
 
 
+def _may_wait(row: Row, now: int) -> bool:
+    """Tell whether something may wait there, though siblings took all they found."""
+    emptied_after = row.rescued_at_ns - row.last_dispatch_ns
+    if emptied_after <= 0:
+        return True
+    # A handshake takes a round trip, which may be short or long: each try doubles the time.
+    age = now - row.last_dispatch_ns
+    return max(2 * emptied_after, _TICK_NS) <= age <= _HANDSHAKE_NS
+
+
 class Rescuer:
     """Looks after a worker's siblings.
 
@@ -115,13 +125,7 @@ class Rescuer:
     def _waiting(self, now: int) -> list[Row]:
         """Read the rows of those siblings on which connections wait."""
         rows = [self._table.row(slot) for slot in self._table.queues() if slot in self._siblings]
-        return [
-            row
-            for row in rows
-            # Unless emptied, and what was sent there has had the time to arrive.
-            if row.rescued_at_ns <= row.last_dispatch_ns
-            or now - row.last_dispatch_ns <= _HANDSHAKE_NS
-        ]
+        return [row for row in rows if _may_wait(row, now)]
 
     def _plan(self, now: int, busy: bool) -> None:
         """Choose this worker's next turn: those of equal length follow each other."""

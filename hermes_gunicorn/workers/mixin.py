@@ -43,6 +43,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
         publisher: the pen for its row, from ``init_process`` on.
         holds: whether requests hold the loop for so long that siblings would help; then more
             than one should not be accepted at a time, as nobody else can serve it any more.
+            Not where cores are short, for then siblings are held up as well.
         keeping: whether responses close their connection.
     """
 
@@ -83,7 +84,8 @@ class HermesMixin(_Base):  # type: ignore[misc]
         """Run the worker, from just after the fork to its end."""
         self.publisher = self.assignment.take_up() if self.assignment else Publisher.unseen()
         # With TLS a new connection costs more than all but the longest waits.
-        self.keeping = Keeping(self.cfg.hermes_keepalive == "always" or self.cfg.is_ssl)
+        always = self.cfg.hermes_keepalive == "always" or self.cfg.is_ssl
+        self.keeping = Keeping(always or not self.may_close)
         self._refreshed = monotonic()
         try:
             super().init_process()
@@ -212,7 +214,8 @@ class HermesMixin(_Base):  # type: ignore[misc]
         if busy_ns > self._rescue_after_ns:
             self._held_at = woke_ns
             self.keeping.held(busy_ns)
-        self.holds = woke_ns - self._held_at < _HELD_NS
+        recently = woke_ns - self._held_at < _HELD_NS
+        self.holds = recently and not self.keeping.short_of_cores
         if self.publisher.lost and self.publisher.drifted:
             if busy_ns >= policy.REMARKABLE_NS:  # at their peak workers help each other often
                 self._tell(busy_ns)
@@ -240,8 +243,6 @@ class HermesMixin(_Base):  # type: ignore[misc]
             self.publisher.settle(_QUIET_NS)
 
     def _weigh(self, elapsed: float) -> None:
-        if not self.may_close:
-            return
         alone = self.publisher.table.eligible().bit_count() < 2
         closes = self.keeping.weigh(elapsed * 1e9, waited_for_cores(), alone)
         if closes and not self._told_of_closing:

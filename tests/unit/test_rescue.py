@@ -147,3 +147,23 @@ def test_what_will_need_help_soon_is_looked_at_then(table, taken, busy_ns):
     due = table.row(2).busy_since_ns + 5 * MS
     assert looks(table, taken, one=True).next_ns <= due
     assert taken == []
+
+
+@pytest.mark.parametrize(
+    ("emptied_ns", "tries"),
+    [(-MS, True), (0, True), (MS // 4, False), (MS, True), (2 * MS, False), (3 * MS, False)],
+)
+def test_what_was_emptied_is_tried_after_twice_the_time(table, taken, emptied_ns, tries):
+    """What was sent there may still be in its handshake; but who asks each turn asks in vain."""
+    sent_ns = 3 * MS if emptied_ns > MS // 2 else MS // 2
+    queue_up(table, 2, 1, busy_ns=8 * MS, sent_ns=sent_ns)
+    set_word(table, 2, "rescued_at_ns", rescue.monotonic_ns() - sent_ns + emptied_ns)
+    looks(table, taken, one=True)
+    assert taken == (["slot 2"] if tries else [])
+
+
+def test_what_was_emptied_is_given_up_in_the_end(table, taken):
+    queue_up(table, 2, 1, busy_ns=8 * MS, sent_ns=1001 * MS)
+    set_word(table, 2, "rescued_at_ns", table.row(2).last_dispatch_ns + MS)
+    looks(table, taken, one=True)
+    assert taken == []
