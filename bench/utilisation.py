@@ -29,6 +29,7 @@ def measure(run: Run) -> dict[str, Any]:
     with harness.competing(run.rival, RIVALS[run.rival], WORKERS) as server:
         rate, safe, missed = FIRST, 0.0, 0
         while rate < LAST and missed < 2:
+            used = server.cpu_seconds()
             outcome = load(
                 Plan(
                     port=server.port,
@@ -41,7 +42,10 @@ def measure(run: Run) -> dict[str, Any]:
                 )
             )
             p99 = percentile(outcome.latencies, 99)
-            steps.append({"rate": round(rate, 1), "p99_ms": round(p99, 2)})
+            cpu_ms = (server.cpu_seconds() - used) / outcome.sent * 1000
+            steps.append(
+                {"rate": round(rate, 1), "p99_ms": round(p99, 2), "cpu_ms": round(cpu_ms, 3)}
+            )
             if p99 <= LIMIT_MS and not outcome.failed:
                 safe, missed = rate, 0
             else:
@@ -52,18 +56,29 @@ def measure(run: Run) -> dict[str, Any]:
 
 def report(result: dict[str, Any]) -> str:
     """Make the Markdown from the result."""
-    safe = {
-        rival: statistics.median(s["safe"] for s in result["samples"] if s["rival"] == rival)
+    samples = {
+        rival: [each for each in result["samples"] if each["rival"] == rival]
         for rival in present(result)
+    }
+    safe = {
+        rival: statistics.median(sample["safe"] for sample in runs)
+        for rival, runs in samples.items()
     }
     rows = []
     for rival, rate in safe.items():
-        ranges = [s["safe"] for s in result["samples"] if s["rival"] == rival]
+        ranges = [sample["safe"] for sample in samples[rival]]
+        used = [
+            step["cpu_ms"]
+            for sample in samples[rival]
+            for step in sample["steps"]
+            if step["rate"] == sample["safe"]
+        ]
         rows.append(
             [
                 label(rival),
                 f"{rate:.0f} ({min(ranges):.0f} - {max(ranges):.0f})",
                 f"{safe[BASE] / rate:.2f}" if rate and BASE in safe else "-",
+                f"{statistics.median(used):.2f}" if used else "-",
             ]
         )
     return (
@@ -72,8 +87,8 @@ def report(result: dict[str, Any]) -> str:
         f"{WORKERS} workers. The highest rate, in steps of {STEP - 1:.0%}, at which p99 of cheap"
         f" requests (0.5 ms of CPU, a new connection each) stays below {LIMIT_MS:g} ms while one in"
         f" fifty holds its worker for 50 ms; median and range of {harness.rounds(result)}. Cost"
-        f" of a unit of load: relative to {BASE}.\n\n"
-        + harness.markdown_table(["", "requests/s", "cost"], rows)
+        f" of a unit of load: relative to {BASE}. CPU is what the server uses for a request at that"
+        " rate, in ms.\n\n" + harness.markdown_table(["", "requests/s", "cost", "CPU"], rows)
     )
 
 

@@ -68,7 +68,7 @@ struct hermes_control {
 	__u64 localities; /* locality groups, 1: none; group g of 64 belongs to g % localities */
 	__u64 scheduled_ns; /* CLOCK_MONOTONIC of stage 1's last run; any worker */
 	__u64 look_at_ns; /* CLOCK_MONOTONIC at which siblings' queues are to be looked at; any worker */
-	__u64 reserved;
+	__u64 closing_since_ns; /* CLOCK_MONOTONIC at which responses first closed their connections; any worker */
 };
 
 /*

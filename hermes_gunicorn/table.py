@@ -119,7 +119,7 @@ CONTROL: Final = Struct(
         ("localities", 1),
         ("scheduled_ns", 1),
         ("look_at_ns", 1),
-        ("reserved", 1),
+        ("closing_since_ns", 1),
     ),
 )
 GROUP: Final = Struct("hermes_group", (("eligible", 1), ("selected", 1)))
@@ -186,6 +186,7 @@ _THETA: Final = CONTROL.index("theta")
 _LOCALITIES: Final = CONTROL.index("localities")
 _SCHEDULED: Final = CONTROL.index("scheduled_ns")
 _LOOK_AT: Final = CONTROL.index("look_at_ns")
+_CLOSING_SINCE: Final = CONTROL.index("closing_since_ns")
 _ELIGIBLE: Final = GROUP.index("eligible")
 _SELECTED: Final = GROUP.index("selected")
 _GROUP_BY: Final = BIND.index("group_by")
@@ -406,6 +407,15 @@ class Table:
     @look_at_ns.setter
     def look_at_ns(self, value: int) -> None:
         self._control[_LOOK_AT] = value
+
+    @property
+    def closing_since_ns(self) -> int:
+        """When responses first closed their connections, CLOCK_MONOTONIC; 0: none has yet."""
+        return self._control[_CLOSING_SINCE]
+
+    @closing_since_ns.setter
+    def closing_since_ns(self, value: int) -> None:
+        self._control[_CLOSING_SINCE] = value
 
     def group(self, first: int, last: int) -> Columns:
         """Read slots ``first`` to ``last - 1``, column by column: far faster than rows."""

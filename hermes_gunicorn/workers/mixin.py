@@ -58,7 +58,6 @@ class HermesMixin(_Base):  # type: ignore[misc]
     _rescuer: Rescuer | None = None
     _admissions: Mapping[int, Admission] = {}
     _refreshed = 0.0
-    _told_of_closing = False
     _left = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -243,10 +242,11 @@ class HermesMixin(_Base):  # type: ignore[misc]
             self.publisher.settle(_QUIET_NS)
 
     def _weigh(self, elapsed: float) -> None:
-        alone = self.publisher.table.eligible().bit_count() < 2
+        table = self.publisher.table
+        alone = table.eligible().bit_count() < 2
         closes = self.keeping.weigh(elapsed * 1e9, waited_for_cores(), alone)
-        if closes and not self._told_of_closing:
-            self._told_of_closing = True
+        if closes and not table.closing_since_ns:  # one line for all workers
+            table.closing_since_ns = monotonic_ns()
             self.log.info(
                 "hermes: requests hold their workers for so long that a new connection, to one"
                 " that is free, is faster; while they do, responses close theirs"
