@@ -43,14 +43,14 @@ def _waits_since(row: Row) -> int:
     return row.last_dispatch_ns
 
 
-def _may_wait(row: Row, now: int) -> bool:
-    """Tell whether something may wait there, though siblings took all they found."""
-    emptied_after = row.rescued_at_ns - row.last_dispatch_ns
-    if emptied_after <= 0:
-        return True
+def _retry_at(row: Row, now: int) -> int:
+    """Return when to try again where siblings took all they found; 0 where they did not."""
+    # In the future is nonsense that somebody has scribbled there.
+    if not row.last_dispatch_ns < row.rescued_at_ns <= now:
+        return 0
     # A handshake takes a round trip, which may be short or long: each try doubles the time.
-    age = now - row.last_dispatch_ns
-    return max(2 * emptied_after, _TICK_NS) <= age <= _HANDSHAKE_NS
+    emptied_after = row.rescued_at_ns - row.last_dispatch_ns
+    return row.last_dispatch_ns + max(2 * emptied_after, _TICK_NS)
 
 
 class Rescuer:
@@ -125,7 +125,13 @@ class Rescuer:
     def _waiting(self, now: int) -> list[Row]:
         """Read the rows of those siblings on which connections wait."""
         rows = [self._table.row(slot) for slot in self._table.queues() if slot in self._siblings]
-        return [row for row in rows if _may_wait(row, now)]
+        return [
+            row
+            for row in rows
+            # Unless emptied, and what was sent there has had the time to arrive.
+            if row.rescued_at_ns <= row.last_dispatch_ns
+            or now - row.last_dispatch_ns <= _HANDSHAKE_NS
+        ]
 
     def _plan(self, now: int, busy: bool) -> None:
         """Choose this worker's next turn: those of equal length follow each other."""
@@ -146,8 +152,9 @@ class Rescuer:
         slot = row.slot
         threshold_ns = self._table.hang_threshold_ns
         due = policy.rescue_at(row, self._rescue_after_ns, threshold_ns)
-        if due > now:
-            return due
+        not_before = max(due, _retry_at(row, now))
+        if not_before > now:
+            return not_before
         if due and policy.is_hung(row.busy_since_ns, now, threshold_ns):
             due = 0
         if due and row.busy_since_ns:

@@ -150,19 +150,31 @@ def test_what_will_need_help_soon_is_looked_at_then(table, taken, busy_ns):
 
 
 @pytest.mark.parametrize(
-    ("emptied_ns", "tries"),
-    [(-MS, True), (0, True), (MS // 4, False), (MS, True), (2 * MS, False), (3 * MS, False)],
+    ("sent_ns", "emptied_ns", "retry_ns"),
+    [(3 * MS, 2 * MS, 4 * MS), (3 * MS, 3 * MS, 6 * MS), (MS // 2, MS // 4, MS)],
 )
-def test_what_was_emptied_is_tried_after_twice_the_time(table, taken, emptied_ns, tries):
+def test_what_was_emptied_is_tried_after_twice_the_time(
+    table, taken, sent_ns, emptied_ns, retry_ns
+):
     """What was sent there may still be in its handshake; but who asks each turn asks in vain."""
-    sent_ns = 3 * MS if emptied_ns > MS // 2 else MS // 2
     queue_up(table, 2, 1, busy_ns=8 * MS, sent_ns=sent_ns)
-    set_word(table, 2, "rescued_at_ns", rescue.monotonic_ns() - sent_ns + emptied_ns)
+    sent_at = table.row(2).last_dispatch_ns
+    set_word(table, 2, "rescued_at_ns", sent_at + emptied_ns)
     looks(table, taken, one=True)
-    assert taken == (["slot 2"] if tries else [])
+    assert taken == []
+    # Somebody is there then.
+    assert table.look_at_ns == max(sent_at + retry_ns, rescue.monotonic_ns() + MS)
 
 
-def test_what_was_emptied_is_given_up_in_the_end(table, taken):
+@pytest.mark.parametrize("emptied_ns", [-MS, 0, MS, 4 * MS])  # the last is in the future
+def test_it_is_tried_then_and_when_more_was_sent(table, taken, emptied_ns):
+    queue_up(table, 2, 1, busy_ns=8 * MS, sent_ns=3 * MS)
+    set_word(table, 2, "rescued_at_ns", table.row(2).last_dispatch_ns + emptied_ns)
+    looks(table, taken, one=True)
+    assert taken == ["slot 2"]
+
+
+def test_it_is_given_up_in_the_end(table, taken):
     queue_up(table, 2, 1, busy_ns=8 * MS, sent_ns=1001 * MS)
     set_word(table, 2, "rescued_at_ns", table.row(2).last_dispatch_ns + MS)
     looks(table, taken, one=True)
