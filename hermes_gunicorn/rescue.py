@@ -50,7 +50,7 @@ def _retry_at(row: Row, now: int) -> int:
         return 0
     # A handshake takes a round trip, which may be short or long: each try doubles the time.
     emptied_after = row.rescued_at_ns - row.last_dispatch_ns
-    return row.last_dispatch_ns + max(2 * emptied_after, _TICK_NS)
+    return row.last_dispatch_ns + max(2 * emptied_after, _LOOK_NS)
 
 
 class Rescuer:
