@@ -61,6 +61,13 @@ def test_nothing_waits_for_a_worker_that_blocks(serve):
     assert pids == server.worker_pids() - {blocked}
 
 
+def test_connections_are_kept_only_while_requests_do_not_hold_their_worker(serve):
+    server = serve("0.05", workers=2)
+    assert server.keeps("/pid")
+    wait_for(lambda: not server.keeps("/block?0.1"), "connections to be closed")
+    wait_for(lambda: server.keeps("/pid"), "connections to be kept again")
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTTIN])
 def test_signals_under_load_lose_nothing(serve, number: signal.Signals):
     server = serve(workers=2)

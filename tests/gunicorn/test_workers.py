@@ -322,24 +322,13 @@ def test_kept_alive_connections_are_spread_evenly(serve):
 KEEPING = ("hermes", "hermes_gthread", "asyncio", "uvloop")
 
 
-def is_kept(server: Server, path: str) -> bool:
-    """Say whether a connection is open after a few such requests."""
-    with server.connect() as client:
-        try:
-            for _ in range(5):
-                client.get(path)
-        except (ConnectionError, OSError):
-            return False
-    return True
-
-
 @only(*KEEPING)
 def test_connections_are_kept_only_while_requests_do_not_hold_their_worker(serve):
     server = serve("--keep-alive", "30", "--threads", "1", workers=2)
-    assert is_kept(server, "/pid")
-    wait_for(lambda: not is_kept(server, "/block?0.1"), "connections to be closed")
+    assert server.keeps("/pid")
+    wait_for(lambda: not server.keeps("/block?0.1"), "connections to be closed")
     assert len(server.lines("hermes_keepalive")) == 1
-    wait_for(lambda: is_kept(server, "/pid"), "connections to be kept again")
+    wait_for(lambda: server.keeps("/pid"), "connections to be kept again")
 
 
 @only(*KEEPING)
@@ -349,7 +338,7 @@ def test_connections_are_kept_where_the_user_says_so_or_nobody_else_is_there(
 ):
     flags = ("--keep-alive", "30", "--threads", "1", "--hermes-keepalive", setting)
     server = serve(*flags, workers=workers)
-    assert all(is_kept(server, "/block?0.1") for _ in range(6))
+    assert all(server.keeps("/block?0.1") for _ in range(6))
 
 
 @only(*CLASSES.keys() - set(KEEPING))

@@ -238,6 +238,16 @@ class Server:
         with self.connect() as client:
             return client.get(path, **options)
 
+    def keeps(self, path: str) -> bool:
+        """Say whether a connection is open after a few such requests."""
+        with self.connect() as client:
+            try:
+                for _ in range(5):
+                    client.get(path)
+            except (ConnectionError, OSError):
+                return False
+        return True
+
     def table(self) -> dict[str, Any]:
         """Ask a worker for the table: ``eligible``, and ``rows`` by slot."""
         answer: dict[str, Any] = json.loads(self.get("/table"))
