@@ -271,8 +271,17 @@ class HermesAsyncioMixin(HermesMixin):
         for sock in self.sockets:
             sock.setblocking(False)
         self.begin(self._room, self._take, self.has_room)
-        self._follow()
+        self._each_second()
         self.look_again()
+
+    def _each_second(self) -> None:
+        """See to the row and follow changes in who serves what.
+
+        uvicorn's worker notifies the arbiter far more seldom.
+        """
+        self._loop.call_later(1.0, self._each_second)
+        self.mend()
+        self._follow()
 
     def _take(self, index: int, listener: Any) -> bool:
         return self._servers[index].take_from(listener.sock, own=False)
@@ -308,11 +317,6 @@ class HermesAsyncioMixin(HermesMixin):
         if self._look_timer is not None:
             self._look_timer.cancel()
         self._look_timer = self._loop.call_later(seconds, self.look_again)
-
-    def notify(self) -> None:
-        """Tell the arbiter that the loop turns, and follow changes in who serves what."""
-        super().notify()
-        self._follow()
 
     def _follow(self) -> None:
         for server in self._servers.values():

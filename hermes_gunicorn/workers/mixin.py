@@ -254,8 +254,12 @@ class HermesMixin(_Base):  # type: ignore[misc]
             )
 
     def notify(self) -> None:
-        """Tell the arbiter that the loop turns, and once a second mend the row."""
+        """Tell the arbiter that the loop turns."""
         super().notify()
+        self.mend()
+
+    def mend(self) -> None:
+        """Once a second see to the row; to be called as often or more."""
         now = monotonic()
         elapsed = now - self._refreshed
         if elapsed >= 1:
