@@ -20,6 +20,7 @@ import harness
 import overhead
 import plots
 import scale
+import utilisation
 from contest import present
 from rivals import OURS
 
@@ -88,12 +89,8 @@ def plot_probes(result: Result, path: Path) -> None:
 
 def plot_utilisation(result: Result, path: Path) -> None:
     """Draw up to which rate each rival answers in time."""
-    rivals = present(result)
-    safe = [
-        statistics.median(s["safe"] for s in result["samples"] if s["rival"] == rival)
-        for rival in rivals
-    ]
-    bars(path, rivals, safe, "requests/s within the limit on p99", ".0f")
+    safe = utilisation.safe_rates(result)
+    bars(path, list(safe), list(safe.values()), "requests/s within the limit on p99", ".0f")
 
 
 def plot_balance(result: Result, path: Path) -> None:

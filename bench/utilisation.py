@@ -54,22 +54,24 @@ def measure(run: Run) -> dict[str, Any]:
     return {"safe": round(safe, 1), "steps": steps}
 
 
-def report(result: dict[str, Any]) -> str:
-    """Make the Markdown from the result."""
-    samples = {
-        rival: [each for each in result["samples"] if each["rival"] == rival]
+def safe_rates(result: dict[str, Any]) -> dict[str, float]:
+    """Return up to which rate each rival answers in time."""
+    return {
+        rival: statistics.median(s["safe"] for s in result["samples"] if s["rival"] == rival)
         for rival in present(result)
     }
-    safe = {
-        rival: statistics.median(sample["safe"] for sample in runs)
-        for rival, runs in samples.items()
-    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """Make the Markdown from the result."""
+    safe = safe_rates(result)
     rows = []
     for rival, rate in safe.items():
-        ranges = [sample["safe"] for sample in samples[rival]]
+        samples = [sample for sample in result["samples"] if sample["rival"] == rival]
+        ranges = [sample["safe"] for sample in samples]
         used = [
             step["cpu_ms"]
-            for sample in samples[rival]
+            for sample in samples
             for step in sample["steps"]
             if step["rate"] == sample["safe"]
         ]
