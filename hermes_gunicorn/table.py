@@ -15,7 +15,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic_ns
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 __all__ = [
     "ALLOWED",
@@ -179,14 +179,7 @@ _RESCUED: Final = WORKER.index("rescued")
 _RESCUED_AT: Final = WORKER.index("rescued_at_ns")
 _PID: Final = WORKER.index("pid")
 _DRAINED: Final = WORKER.index("drained")
-_SLOTS: Final = CONTROL.index("slots")
-_HANG_THRESHOLD: Final = CONTROL.index("hang_threshold_ns")
-_POLICY: Final = CONTROL.index("policy")
 _THETA: Final = CONTROL.index("theta")
-_LOCALITIES: Final = CONTROL.index("localities")
-_SCHEDULED: Final = CONTROL.index("scheduled_ns")
-_LOOK_AT: Final = CONTROL.index("look_at_ns")
-_CLOSING_SINCE: Final = CONTROL.index("closing_since_ns")
 _ELIGIBLE: Final = GROUP.index("eligible")
 _SELECTED: Final = GROUP.index("selected")
 _GROUP_BY: Final = BIND.index("group_by")
@@ -297,6 +290,19 @@ class Columns(NamedTuple):
     events: list[int]  # requests in flight or queued
 
 
+def _control_word(name: str) -> Any:
+    """Make a property of a table out of a word of its control block."""
+    word = CONTROL.index(name)
+
+    def read(table: Table) -> int:
+        return table._control[word]
+
+    def store(table: Table, value: int) -> None:
+        table._control[word] = value
+
+    return property(read, store)
+
+
 class Table:
     """The control block and the rows.
 
@@ -304,7 +310,25 @@ class Table:
         control: writable buffer of ``CONTROL.size`` bytes or more.
         groups: writable buffer of ``MAX_GROUPS * GROUP.size`` bytes or more.
         rows: writable buffer of a multiple of ``WORKER.size`` bytes; slot 0 first.
+
+    Attributes:
+        slots: slots in use, the shared slot 0 included.
+        hang_threshold_ns: how long a worker may be busy before it counts as hung; 0 means for ever.
+        policy: which policy the kernel and the workers follow: an index into ``POLICIES``.
+        localities: number of locality groups; group g of 64 slots belongs to g modulo this.
+        scheduled_ns: when the cascade's first stage ran last, CLOCK_MONOTONIC.
+        look_at_ns: when the workers' queues are to be looked at next, CLOCK_MONOTONIC.
+        closing_since_ns: when responses first closed their connections, CLOCK_MONOTONIC; 0: none
+            has yet.
     """
+
+    slots: int = _control_word("slots")
+    hang_threshold_ns: int = _control_word("hang_threshold_ns")
+    policy: int = _control_word("policy")
+    localities: int = _control_word("localities")
+    scheduled_ns: int = _control_word("scheduled_ns")
+    look_at_ns: int = _control_word("look_at_ns")
+    closing_since_ns: int = _control_word("closing_since_ns")
 
     def __init__(self, control: Buffer, groups: Buffer, rows: Buffer) -> None:
         self._control = memoryview(control).cast("B")[: CONTROL.size].cast("Q")
@@ -325,33 +349,6 @@ class Table:
         return cls(*map(bytearray, cls.sizes(1)))
 
     @property
-    def slots(self) -> int:
-        """Slots in use, the shared slot 0 included."""
-        return self._control[_SLOTS]
-
-    @slots.setter
-    def slots(self, value: int) -> None:
-        self._control[_SLOTS] = value
-
-    @property
-    def hang_threshold_ns(self) -> int:
-        """How long a worker may be busy before it counts as hung; 0 means for ever."""
-        return self._control[_HANG_THRESHOLD]
-
-    @hang_threshold_ns.setter
-    def hang_threshold_ns(self, value: int) -> None:
-        self._control[_HANG_THRESHOLD] = value
-
-    @property
-    def policy(self) -> int:
-        """Which policy the kernel and the workers follow: an index into ``POLICIES``."""
-        return self._control[_POLICY]
-
-    @policy.setter
-    def policy(self, value: int) -> None:
-        self._control[_POLICY] = value
-
-    @property
     def theta(self) -> float:
         """How far above the average the cascade's filters let through, relative to it."""
         return self._control[_THETA] / 1000
@@ -359,15 +356,6 @@ class Table:
     @theta.setter
     def theta(self, value: float) -> None:
         self._control[_THETA] = round(value * 1000)
-
-    @property
-    def localities(self) -> int:
-        """Number of locality groups; group g of 64 slots belongs to number g modulo this."""
-        return self._control[_LOCALITIES]
-
-    @localities.setter
-    def localities(self, value: int) -> None:
-        self._control[_LOCALITIES] = value
 
     def row(self, slot: int) -> Row:
         """Read a slot's row."""
@@ -389,33 +377,6 @@ class Table:
     def select(self, group: int, bits: int) -> None:
         """Publish what the cascade's first stage selected in a group of 64."""
         self._groups[group * GROUP.words + _SELECTED] = bits
-
-    @property
-    def scheduled_ns(self) -> int:
-        """When the cascade's first stage ran last, CLOCK_MONOTONIC."""
-        return self._control[_SCHEDULED]
-
-    @scheduled_ns.setter
-    def scheduled_ns(self, value: int) -> None:
-        self._control[_SCHEDULED] = value
-
-    @property
-    def look_at_ns(self) -> int:
-        """When the workers' queues are to be looked at next, CLOCK_MONOTONIC."""
-        return self._control[_LOOK_AT]
-
-    @look_at_ns.setter
-    def look_at_ns(self, value: int) -> None:
-        self._control[_LOOK_AT] = value
-
-    @property
-    def closing_since_ns(self) -> int:
-        """When responses first closed their connections, CLOCK_MONOTONIC; 0: none has yet."""
-        return self._control[_CLOSING_SINCE]
-
-    @closing_since_ns.setter
-    def closing_since_ns(self, value: int) -> None:
-        self._control[_CLOSING_SINCE] = value
 
     def group(self, first: int, last: int) -> Columns:
         """Read slots ``first`` to ``last - 1``, column by column: far faster than rows."""
