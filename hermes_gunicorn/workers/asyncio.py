@@ -139,8 +139,9 @@ class _Server:
         self._resume()
 
     def _resume(self) -> None:
+        pauses = self._worker.until_served()
         self.follow()
-        if not self._watching and not self._closed and self._worker.until_served():
+        if pauses and not self._watching and not self._closed:
             self._loop.call_later(PAUSE, self._resume)
 
     def take_from(self, listener: Any, own: bool) -> bool:

@@ -77,9 +77,10 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         poll = self.poller.select
 
         def select(timeout: float | None = None) -> Any:
+            pause = self.until_served() or 1.0
             self.watch_listeners()
             self.publisher.polls()
-            longest = min(self.until_look(), self.until_served() or 1.0)
+            longest = min(self.until_look(), pause)
             events = poll(longest if timeout is None else min(timeout, longest))
             self.publisher.woke()
             return events

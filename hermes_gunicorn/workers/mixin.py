@@ -122,7 +122,10 @@ class HermesMixin(_Base):  # type: ignore[misc]
         return admission is None or admission.admits()
 
     def until_served(self) -> float:
-        """Return in how many seconds to ask ``serves`` again; 0 is no such time."""
+        """Return in how many seconds to ask ``serves`` again; 0 is no such time.
+
+        To be called before ``serves``, or a pause that ends in between is never seen to end.
+        """
         pauses = (admission.until() for admission in self._admissions.values())
         return min(filter(None, pauses), default=0.0)
 

@@ -307,16 +307,42 @@ def test_who_has_not_spoken_yet_is_answered_by_a_worker_that_leaves(serve, end: 
         assert int(client.get("/pid")) == pid
 
 
-@only(*CLASSES.keys() - {"hermes_sync"})
-def test_kept_alive_connections_are_spread_evenly(serve):
-    server = serve(*UNHURRIED, "--keep-alive", "30", workers=4)
+def keep_32(server: Server) -> Counter[Any]:
+    """Open connections one after the other; return how many each worker has."""
     pids: Counter[Any] = Counter()
     with contextlib.ExitStack() as stack:
         for _ in range(32):
             client = stack.enter_context(server.connect())
             pids[client.get("/pid")] += 1
             time.sleep(random.expovariate(50))
-    assert spread(pids) <= 2
+    return pids
+
+
+@only(*CLASSES.keys() - {"hermes_sync"})
+def test_kept_alive_connections_are_spread_evenly(serve):
+    server = serve(*UNHURRIED, "--keep-alive", "30", workers=4)
+    assert spread(keep_32(server)) <= 2
+
+
+SAYS_LATE_WHAT_IT_SERVES = """
+import time
+from hermes_gunicorn.workers.mixin import HermesMixin
+serves = HermesMixin.serves
+def serves_and_waits_for_a_core(worker, index):
+    answer = serves(worker, index)
+    if not answer:
+        time.sleep(0.003)
+    return answer
+HermesMixin.serves = serves_and_waits_for_a_core
+"""
+
+
+@only(*CLASSES.keys() - {"hermes_sync"})
+def test_a_pause_that_ends_as_it_begins_does_not_last(serve):
+    server = serve(*UNHURRIED, "--keep-alive", "30", workers=4, conf=SAYS_LATE_WHAT_IT_SERVES)
+    begin = time.monotonic()
+    keep_32(server)
+    assert time.monotonic() - begin < 3
 
 
 KEEPING = ("hermes", "hermes_gthread", "asyncio", "uvloop")
