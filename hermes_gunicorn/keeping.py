@@ -20,6 +20,7 @@ __all__ = ["Keeping", "waited_for_cores"]
 _CONNECTS_NS: Final = 500_000  # a new connection, for the client, with its place in the queue
 _LONG_NS: Final = 2_000_000  # a request; a connection costs both ends a tenth of this
 _SHORT_OF_CORES: Final = 0.2  # of the time for which requests hold the worker
+_STARVED: Final = 0.1  # of all the time
 _REMEMBERED: Final = 0.8  # of what was, each second
 
 
@@ -48,9 +49,12 @@ class Keeping:
 
     Attributes:
         short_of_cores: what seemed to hold it was in good part waiting for a core.
+        starved: and that is a good part of its time. A sibling that is late then is late
+            for the same reason, most likely, and help would come no sooner.
     """
 
     short_of_cores = False
+    starved = False
 
     def __init__(self, always: bool) -> None:
         self._always = always
@@ -90,6 +94,7 @@ class Keeping:
         waits = self._squares > 2 * self._time_ns * _CONNECTS_NS
         long = self._held_ns > self._requests * _LONG_NS
         self.short_of_cores = self._waited_ns > self._held_ns * _SHORT_OF_CORES
+        self.starved = self.short_of_cores and self._waited_ns > self._time_ns * _STARVED
         self._close = waits and long and not (self.short_of_cores or alone or self._always)
         self._requests *= _REMEMBERED
         self._time_ns *= _REMEMBERED

@@ -12,10 +12,11 @@ the table when that is to happen again.
 
 For the case that no loop turns each worker has a timer, of a phase of its own, so that
 their turns are evenly spread and the more there are the fewer each has. It obeys when it
-is known who will need help soon, and ticks fast while somebody waits for help. It slows
-down while nothing is dispatched, and in a worker that goes to sleep without a request
-while nothing waits, under the policy that prefers idle ones: as long as it sleeps, what
-comes wakes it or another idle one.
+is known who will need help soon, and ticks fast while somebody waits for help, unless all
+are late for want of cores, which looks would only make worse. It slows down while nothing
+is dispatched, and in a worker that goes to sleep without a request while nothing waits,
+under the policy that prefers idle ones: as long as it sleeps, what comes wakes it or
+another idle one.
 """
 
 from __future__ import annotations
@@ -85,14 +86,16 @@ class Rescuer:
         self._taken = 0
         self.next_ns = 0
 
-    def look(self, one: bool) -> None:
+    def look(self, one: bool, patient: bool = False) -> None:
         """Take what waits on siblings that need help; say in ``next_ns`` when to come again.
 
         Args:
             one: a request holds the worker. Then one connection is taken at a look, of those
                 that wait longest, and looks are as frequent as requests.
+            patient: who waits for help has a look no sooner than others, as cores are short.
         """
         now = monotonic_ns()
+        tick = _LOOK_NS if patient and not one else _TICK_NS
         # Further ahead than it is ever set is nonsense that somebody has scribbled there.
         recently = 0 < self._table.look_at_ns - now <= _LOOK_NS
         asleep = self._relaxed and self._publisher.requests
@@ -111,11 +114,11 @@ class Rescuer:
         wanted, taken = now + _LOOK_NS, self._taken
         for row in rows:
             due = self._help_if_due(row, now, 1 if one else _AT_A_TIME)
-            wanted = min(wanted, max(due, now + _TICK_NS))
+            wanted = min(wanted, max(due, now + tick))
             if due <= now:  # each has its tick while help is needed
-                self.next_ns = min(self.next_ns, now + self._round(_TICK_NS))
+                self.next_ns = min(self.next_ns, now + self._round(tick))
             # One that has just woken up most likely accepts it, unless a request holds it.
-            elif one or 0 < row.busy_since_ns < now - _TICK_NS:
+            elif one or 0 < row.busy_since_ns < now - tick:
                 self.next_ns = min(self.next_ns, due)
             if one and self._taken != taken:
                 self.next_ns = now  # after what waits for this worker itself

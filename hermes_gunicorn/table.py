@@ -14,6 +14,7 @@ import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from time import monotonic_ns
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -89,7 +90,7 @@ class Struct:
     name: str
     fields: tuple[tuple[str, int], ...]
 
-    @property
+    @cached_property
     def words(self) -> int:
         """Length in 8-byte words."""
         return sum(length for _, length in self.fields)

@@ -23,6 +23,8 @@ __all__ = ["HermesAsyncioMixin"]
 
 _NOBODY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ECONNABORTED)
 _AT_A_TIME: Final = 16  # connections, before others have their turn of the loop
+_WITH_SIBLINGS: Final = 4  # the same; nobody else can serve those behind one that holds it
+_TURNS_TO_START: Final = 8  # of the loop, from accepting a connection to its request; 3 to 5
 _STARTS_WITHIN: Final = 0.005  # seconds from accepting a connection to its request, mostly
 _NO_FILES: Final = 1.0  # seconds to wait when no more can be opened, as asyncio does
 
@@ -110,7 +112,7 @@ class _Server:
         self._listener = worker.sockets[index].sock
         self._index = index
         self._own = worker.exclusive()[index]
-        self._contested = not self._own and worker.cfg.workers > 1
+        self._alone = worker.cfg.workers == 1
         self._factory = factory
         self._ssl = ssl
         self._loop = asyncio.get_running_loop()
@@ -131,7 +133,10 @@ class _Server:
     def _on_readable(self) -> None:
         # A sibling may have taken what woke it up; uvloop tells of a turn with work only.
         self._worker.publisher.turns()
-        for _ in range(1 if self._contested or self._worker.holds else _AT_A_TIME):
+        if self._worker.turns_to_start and not self._alone:
+            self._worker.turns_to_start -= 1
+            return  # if the requests accepted last hold the loop, siblings take what waits
+        for _ in range(_AT_A_TIME if self._alone else _WITH_SIBLINGS):
             if not self._worker.has_room() or not (self._own or self._worker.admits(self._index)):
                 break
             if not self.take_from(self._listener, self._own):
@@ -236,6 +241,7 @@ class HermesAsyncioMixin(HermesMixin):
 
     asgi: Any
     wsgi: Any
+    turns_to_start = 0
     _leaving = False
     _starting: asyncio.TimerHandle | None = None
     _look_timer: asyncio.TimerHandle | None = None
@@ -296,11 +302,13 @@ class HermesAsyncioMixin(HermesMixin):
 
         A sibling may serve the others sooner. Some turns of the loop lie in between.
         """
+        self.turns_to_start = _TURNS_TO_START
         if self.holds and self._starting is None and not self._leaving:
             self._starting = self._loop.call_later(_STARTS_WITHIN, self.starts)
 
     def starts(self) -> None:
         """The request has begun, or there was none."""
+        self.turns_to_start = 0
         if self._starting is not None:
             self._starting.cancel()
             self._starting = None

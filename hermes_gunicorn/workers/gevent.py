@@ -172,7 +172,7 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
             server.index = i
             server.publisher = self.publisher
             server.exclusive = exclusive
-            if not exclusive and self.cfg.workers > 1:
+            if self.cfg.workers > 1:
                 server.max_accept = 1
             server.start()
             servers.append(server)

@@ -173,7 +173,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
             return
         if not self.publisher.drained:
             try:
-                self._rescuer.look(self.serves_inline or self.holds)
+                self._rescuer.look(self.serves_inline or self.holds, self.keeping.starved)
             except Exception:
                 self._rescuer = None
                 self.log.exception("hermes: no more rescue from this worker")

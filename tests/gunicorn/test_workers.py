@@ -123,6 +123,13 @@ def timed(server: Server) -> tuple[float, int]:
     return time.monotonic() - start, pid
 
 
+def received_and_closed(client: Client) -> float:
+    """Read a response and close, for which gunicorn's sync worker waits; return when."""
+    client.receive()
+    client.close()
+    return time.monotonic()
+
+
 def test_all_workers_answer(serve):
     server = serve(*UNHURRIED, workers=3)
     seen: set[int] = set()
@@ -176,6 +183,25 @@ def test_nothing_waits_for_a_worker_that_blocks(serve, mode: str):
         assert max(seconds for seconds, _ in answers) < 0.4 + SOON
         assert len({pid for _, pid in answers}) == 1
         assert (sum(row["rescued"] for row in server.rows()) > 0) == (mode == "kernel")
+
+
+def test_what_waits_beside_a_request_that_blocks_is_not_stuck_behind_it(serve, worker_class: str):
+    # Who goes on first is not to take all that waits for the other.
+    unhurried = ("--hermes-hang-threshold", "0.5", "--hermes-rescue-after", "0.5")
+    server = serve(*unhurried, workers=2)
+    workers = [psutil.Process(pid) for pid in server.worker_pids()]
+    with contextlib.ExitStack() as stack:
+        for worker in workers:
+            worker.suspend()
+        stack.enter_context(sent(server, "/block?3"))
+        clients = [stack.enter_context(sent(server, "/pid")) for _ in range(16)]
+        begin = time.monotonic()
+        for worker in workers:
+            worker.resume()
+        with ThreadPoolExecutor(len(clients)) as pool:
+            ends = list(pool.map(received_and_closed, clients))
+    late = sum(end - begin > 2 for end in ends)
+    assert late <= (3 if worker_class == "hermes_asgi" else 0)  # of the four accepted at a time
 
 
 def test_a_frozen_worker_is_noticed_helped_and_taken_back(serve):

@@ -70,6 +70,17 @@ def test_connections_are_kept_where_cores_are_short():
     assert not after(20, 20 * MS, waited_ns=150 * MS)
 
 
+@pytest.mark.parametrize(
+    ("held_ns", "waited_ns", "starved"),
+    [(0, 300 * MS, True), (0, 20 * MS, False), (900 * MS, 120 * MS, False)],
+)
+def test_a_worker_is_starved_if_it_waits_for_cores_for_long(held_ns, waited_ns, starved):
+    keeping = Keeping(always=False)
+    keeping.held(held_ns)
+    keeping.weigh(SECOND, waited_ns)
+    assert keeping.starved == starved
+
+
 def test_connections_are_kept_where_nobody_else_could_serve():
     keeping = Keeping(always=False)
     assert after(10, 20 * MS, keeping=keeping)

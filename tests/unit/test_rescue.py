@@ -96,7 +96,7 @@ def taken() -> list[str]:
     return []
 
 
-def looks(table: Table, taken: list[str], one: bool) -> Rescuer:
+def looks(table: Table, taken: list[str], one: bool, patient: bool = False) -> Rescuer:
     """Have the worker in slot 1 look; each sibling has as many connections as it wants."""
     with contextlib.ExitStack() as stack:
         listeners = {
@@ -111,7 +111,7 @@ def looks(table: Table, taken: list[str], one: bool) -> Rescuer:
 
         siblings = {slot: [(0, listener)] for slot, listener in listeners.items()}
         rescuer = Rescuer(Publisher(table, 1), 5 * MS, siblings, take, lambda: True)
-        rescuer.look(one)
+        rescuer.look(one, patient)
         return rescuer
 
 
@@ -180,3 +180,11 @@ def test_it_is_given_up_in_the_end(table, taken):
     set_word(table, 2, "rescued_at_ns", table.row(2).last_dispatch_ns + MS)
     looks(table, taken, one=True)
     assert taken == []
+
+
+@pytest.mark.parametrize(("one", "patient", "soon"), [(0, 0, 1), (0, 1, 0), (1, 1, 1)])
+def test_the_next_look_is_soon_unless_cores_are_short(table, taken, one, patient, soon):
+    queue_up(table, 2, 9, busy_ns=8 * MS, sent_ns=3 * MS)
+    looks(table, taken, bool(one), bool(patient))
+    assert taken
+    assert (table.look_at_ns < rescue.monotonic_ns() + 2 * MS) == soon
