@@ -22,6 +22,7 @@ _LONG_NS: Final = 2_000_000  # a request; a connection costs both ends a tenth o
 _SHORT_OF_CORES: Final = 0.2  # of the time for which requests hold the worker
 _STARVED: Final = 0.1  # of all the time
 _REMEMBERED: Final = 0.8  # of what was, each second
+_SECOND_NS: Final = 1_000_000_000
 
 
 def waited_for_cores() -> int:
@@ -66,6 +67,10 @@ class Keeping:
         self._waited_before = 0
         self._close = False
 
+    def start(self, waited_ns: int) -> None:
+        """Forget what was waited for cores until now, by ``waited_for_cores()``: to boot."""
+        self._waited_before = waited_ns
+
     def closes(self) -> bool:
         """Count a request; say whether to close its connection after it."""
         self._requests += 1
@@ -80,7 +85,7 @@ class Keeping:
         """Decide anew.
 
         Args:
-            elapsed_ns: nanoseconds since the last time, about a second.
+            elapsed_ns: nanoseconds since the last time, a second or less.
             waited_ns: ``waited_for_cores()``.
             alone: there is no sibling that could serve the next request.
 
@@ -91,14 +96,15 @@ class Keeping:
         self._waited_ns += max(waited_ns - self._waited_before, 0)  # less when a thread ended
         self._waited_before = waited_ns
         # What comes at a random time into holds h waits for the sum of h * h / 2 over the time.
-        waits = self._squares > 2 * self._time_ns * _CONNECTS_NS
+        waits = self._squares > 2 * max(self._time_ns, _SECOND_NS) * _CONNECTS_NS
         long = self._held_ns > self._requests * _LONG_NS
         self.short_of_cores = self._waited_ns > self._held_ns * _SHORT_OF_CORES
         self.starved = self.short_of_cores and self._waited_ns > self._time_ns * _STARVED
         self._close = waits and long and not (self.short_of_cores or alone or self._always)
-        self._requests *= _REMEMBERED
-        self._time_ns *= _REMEMBERED
-        self._held_ns *= _REMEMBERED
-        self._squares *= _REMEMBERED
-        self._waited_ns *= _REMEMBERED
+        remembered = _REMEMBERED ** (elapsed_ns / _SECOND_NS)
+        self._requests *= remembered
+        self._time_ns *= remembered
+        self._held_ns *= remembered
+        self._squares *= remembered
+        self._waited_ns *= remembered
         return self._close

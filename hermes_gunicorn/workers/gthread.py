@@ -171,7 +171,7 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
 
     def _count_out(self, *arguments: Any) -> None:
         if self.publisher.requests == self.cfg.threads:
-            self.keeping.held(monotonic_ns() - self._full_since_ns)
+            self.held(monotonic_ns() - self._full_since_ns)
         self.publisher.ended()
         super().finish_request(*arguments)
 

@@ -28,6 +28,8 @@ HANDSHAKE_GRACE: Final = 1.0  # seconds: a connection sent here may still be on 
 _MIND_NS: Final = 1_000_000  # between ends of turns at which more than publishing is done
 _HELD_NS: Final = 200_000_000  # after a request that held the loop: others may as well
 _BOOKED_WITHIN: Final = 0.01  # seconds: the kernel chooses first and books then
+_WEIGHS: Final = 1.0  # seconds between decisions whether to keep connections
+_WEIGHS_IF_HELD: Final = 0.2  # the same, where requests hold the loop
 _SELDOM: Final = 1.0  # seconds between looks by a worker that does not help
 _QUIET_NS: Final = 3_000_000_000  # without a dispatch for so long, none is on its way
 
@@ -58,6 +60,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
     _rescuer: Rescuer | None = None
     _admissions: Mapping[int, Admission] = {}
     _refreshed = 0.0
+    _weighed = float("inf")
     _left = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -158,6 +161,8 @@ class HermesMixin(_Base):  # type: ignore[misc]
                     lambda index, listener: allowed(index) and take(index, listener),
                     room,
                 )
+        self._weighed = monotonic()
+        self.keeping.start(waited_for_cores())
         self.publisher.at_turn(self._turned)
         self.publisher.ready(capacity)
 
@@ -215,7 +220,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
         busy_ns = monotonic_ns() - woke_ns
         if busy_ns > self._rescue_after_ns:
             self._held_at = woke_ns
-            self.keeping.held(busy_ns)
+            self.held(busy_ns)
         recently = woke_ns - self._held_at < _HELD_NS
         self.holds = recently and not self.keeping.short_of_cores
         if self.publisher.lost and self.publisher.drifted:
@@ -244,7 +249,18 @@ class HermesMixin(_Base):  # type: ignore[misc]
         if self.publisher.drifted and not self._waiting():
             self.publisher.settle(_QUIET_NS)
 
-    def _weigh(self, elapsed: float) -> None:
+    def held(self, ns: int) -> None:
+        """Nothing else could be served for so many nanoseconds."""
+        self.keeping.held(ns)
+        self._weigh(_WEIGHS_IF_HELD)
+
+    def _weigh(self, after: float) -> None:
+        """Decide anew whether to keep connections, if so many seconds are over."""
+        now = monotonic()
+        elapsed = now - self._weighed
+        if elapsed < after:
+            return
+        self._weighed = now
         table = self.publisher.table
         alone = table.eligible().bit_count() < 2
         closes = self.keeping.weigh(elapsed * 1e9, waited_for_cores(), alone)
@@ -263,10 +279,9 @@ class HermesMixin(_Base):  # type: ignore[misc]
 
     def mend(self) -> None:
         """Once a second see to the row; to be called as often or more."""
+        self._weigh(_WEIGHS)
         now = monotonic()
-        elapsed = now - self._refreshed
-        if elapsed >= 1:
+        if now - self._refreshed >= 1:
             self._refreshed = now
-            self._weigh(elapsed)
             self.publisher.refresh()
             self.settle()

@@ -70,6 +70,32 @@ def test_connections_are_kept_where_cores_are_short():
     assert not after(20, 20 * MS, waited_ns=150 * MS)
 
 
+def test_what_was_waited_for_cores_at_the_start_does_not_count():
+    keeping = Keeping(always=False)
+    keeping.start(waited_ns=1000 * MS)
+    assert after(20, 20 * MS, seconds=1, waited_ns=1000 * MS, keeping=keeping)
+
+
+def test_it_may_decide_within_the_first_second():
+    keeping = Keeping(always=False)
+    for _ in range(3):
+        keeping.closes()
+        keeping.held(20 * MS)
+    assert keeping.weigh(SECOND / 5, 0)
+
+
+def test_how_often_it_decides_makes_no_difference():
+    often, seldom = Keeping(always=False), Keeping(always=False)
+    assert after(10, 20 * MS, keeping=often)
+    assert after(10, 20 * MS, keeping=seldom)
+    until = [0, 0]
+    while often.weigh(SECOND / 5, 0):
+        until[0] += 1
+    while seldom.weigh(SECOND, 0):
+        until[1] += 1
+    assert until[0] / 5 == pytest.approx(until[1], abs=1)
+
+
 @pytest.mark.parametrize(
     ("held_ns", "waited_ns", "starved"),
     [(0, 300 * MS, True), (0, 20 * MS, False), (900 * MS, 120 * MS, False)],

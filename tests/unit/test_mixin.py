@@ -54,6 +54,7 @@ def test_that_connections_are_closed_is_told_once_for_all_workers(table, monkeyp
     for slot in (1, 2):
         worker = held(table, slot)
         worker.log = SimpleNamespace(info=told.append)
+        worker._weighed = time.monotonic() - 1
         worker._weigh(1.0)
         assert worker.keeping.closes()
     assert len(told) == 1
