@@ -263,6 +263,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.rounds, arguments.seconds = 1, 0.5
+        arguments.questions = ["keep-alive", "cost"]
     result = {
         "machine": harness.machine(),
         "rounds": arguments.rounds,

@@ -97,7 +97,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.rate, arguments.blocking, arguments.block_ms = 200, 0.01, 1000
     if arguments.smoke:
-        arguments.seeds, arguments.seconds, arguments.workers = 1, 2, [4]
+        arguments.seeds, arguments.seconds, arguments.workers = 1, 1, [4]
     names = ("rate", "blocking", "block_ms", "seeds", "seconds", "workers")
     result = {
         "machine": harness.machine(),

@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--reloads", type=int, default=50)
     arguments = parser.parse_args()
     if arguments.smoke:
-        arguments.lives, arguments.reloads = 16, 2
+        arguments.lives, arguments.reloads = 8, 1
     runs = [run(mode, arguments.lives, arguments.reloads) for mode in MODES]
     result = {"machine": harness.machine(), "runs": runs}
     harness.write(arguments.output, result, table(result))

@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6)
     arguments = parser.parse_args()
     if arguments.smoke:
-        arguments.seeds, arguments.seconds = 1, 1
+        arguments.seeds, arguments.seconds = 1, 0.3
     result = {"machine": harness.machine(), "samples": measure(arguments)}
     harness.write(arguments.output, result, table(result))
 
