@@ -259,11 +259,12 @@ def main() -> None:
     parser = harness.parser(__doc__.splitlines()[0], "classes")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, help="of each run, instead of the usual ones")
-    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
+    parser.add_argument("--questions", nargs="+", choices=QUESTIONS)
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.rounds, arguments.seconds = 1, 0.5
-        arguments.questions = ["keep-alive", "cost"]
+        arguments.questions = arguments.questions or ["keep-alive", "cost"]
+    arguments.questions = arguments.questions or list(QUESTIONS)
     result = {
         "machine": harness.machine(),
         "rounds": arguments.rounds,
