@@ -1,9 +1,9 @@
 """Restarts, crashes and upgrades in a random order under load: what gets lost.
 
 Every server gets the same sequence, drawn from a seed. A request counts as lost that was
-refused, reset, closed or not answered in 15 s. Those on connections that a worker held at the
-moment it was killed are counted apart: the worker is stopped first, its connections are
-listed, then it is killed.
+refused, reset, closed, answered with an error or not answered in 15 s. Those on connections
+that a worker held at the moment it was killed are counted apart: the worker is stopped first,
+its connections are listed, then it is killed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ WORKERS = 4
 RATE, KEPT = 300, 64
 SETTLED_WITHIN = 40.0
 BREATH = 0.5  # seconds between events
+HOW = ("refused", "reset", "closed", "error", "unanswered")  # a request is lost
 TIMEOUT = 3  # seconds, gunicorn's setting
 GUNICORN = Path(sys.executable).with_name("gunicorn")
 SERVERS = {
@@ -309,7 +310,7 @@ def table(result: dict[str, Any]) -> str:
                 run["server"],
                 str(sum(run["events"].values())),
                 str(run["answered"]),
-                *(str(lost.get(how, 0)) for how in ("refused", "reset", "closed", "unanswered")),
+                *(str(lost.get(how, 0)) for how in HOW),
                 str(run["inside_killed"]),
                 str(run["repeated"]),
                 f"{run['slowest']:.1f}",
@@ -317,7 +318,7 @@ def table(result: dict[str, Any]) -> str:
                 str(run.get("left_out", "-")),
             ]
         )
-    header = ["", "events", "answered", "refused", "reset", "closed", "unanswered"]
+    header = ["", "events", "answered", *HOW]
     header += ["in killed workers", "repeated", "slowest s", "gave up at", "left out"]
     return (
         "# Chaos\n\n"
@@ -327,10 +328,10 @@ def table(result: dict[str, Any]) -> str:
         f" sequence: {', '.join(EVENTS)}; and `max_requests` all the time. Stock gunicorn exits at"
         " a reload with a broken configuration or with one more address, and `--reuse-port` at an"
         " upgrade as well, so they are spared those. A request is lost if it was refused, reset,"
-        " closed without an answer or not answered in 15 s. Not counted as lost: those on"
-        " connections that a killed worker held; and what kept-alive clients may repeat. Left out:"
-        " new connections that the load generator had no core to make in time.\n\n"
-        + harness.markdown_table(header, rows)
+        " closed without an answer, answered with an error or not answered in 15 s. Not counted as"
+        " lost: those on connections that a killed worker held; and what kept-alive clients may"
+        " repeat. Left out: new connections that the load generator had no core to make in time."
+        "\n\n" + harness.markdown_table(header, rows)
     )
 
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import resource
 import sys
 import time
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ class Client:
         except asyncio.IncompleteReadError as error:
             self.close()
             raise Lost("closed", fresh or bool(error.partial)) from None
-        except OSError:
+        except ConnectionError:
             self.close()
             raise Lost("reset", fresh) from None
 
@@ -91,7 +92,8 @@ class Client:
         length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
         await self.reader.readexactly(length)
         if b" 200 " not in head[:15]:
-            raise OSError(head[:40])
+            self.close()
+            raise Lost("error", True)
         if not keep or b"connection: close" in head:
             self.close()
 
@@ -152,5 +154,7 @@ async def run(port: int, rate: float, kept: int, seed: int) -> Outcome:
 
 
 if __name__ == "__main__":
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # clients may have to wait
     result = asyncio.run(run(**json.loads(sys.argv[1])))
     json.dump(dataclasses.asdict(result), sys.stdout)

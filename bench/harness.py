@@ -127,10 +127,12 @@ def bpftool(kind: str, number: str) -> dict[str, Any]:
 
 
 def free_port() -> int:
-    """Find a port nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Find a port nobody listens on, below those that the kernel gives to clients."""
+    while True:
+        port = random.randrange(10_000, 32_768)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def no_control_socket() -> list[str]:

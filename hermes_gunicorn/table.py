@@ -505,6 +505,7 @@ class Publisher:
 
     Attributes:
         turn: when the loop woke last, CLOCK_MONOTONIC in nanoseconds.
+        accepted: connections taken from the slot's own listeners.
     """
 
     def __init__(self, table: Table, slot: int) -> None:
@@ -518,7 +519,7 @@ class Publisher:
         start = slot * WORKER.words
         self._words = table._rows[start : start + WORKER.words]
         self._settled = self._words[_SETTLED]
-        self._accepted = 0
+        self.accepted = 0
         self._capacity = 1
         self._state = BOOTING
         self._pid = self._words[_PID] = os.getpid()
@@ -577,9 +578,9 @@ class Publisher:
         self._words[_CONNECTIONS] = self.connections
         self._words[_REQUESTS] = self.requests
         if own:
-            self._accepted += 1
+            self.accepted += 1
             self._settled += 1
-            self._words[_ACCEPTED] = self._accepted
+            self._words[_ACCEPTED] = self.accepted
             # Last, so that the connection is at no time on neither account.
             self._words[_SETTLED] = self._settled & _MASK
 

@@ -223,12 +223,12 @@ class _Server:
 
         Unless the listener is closed, as uvicorn does: then siblings take it.
         """
-        while self._connecting or (
-            self._own
-            and self._listener.fileno() >= 0
-            and (self.take_from(self._listener, True) or self._worker.awaits())
-        ):
-            await asyncio.sleep(0.005)
+        while (expects := self._expects()) or self._connecting:
+            taken = expects and self.take_from(self._listener, True)
+            await asyncio.sleep(0 if taken else 0.005)
+
+    def _expects(self) -> bool:
+        return self._own and self._listener.fileno() >= 0 and self._worker.awaits([self._listener])
 
 
 class HermesAsyncioMixin(HermesMixin):

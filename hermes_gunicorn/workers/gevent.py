@@ -214,16 +214,18 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
 
     def _drain(self, servers: list[PublishingServer]) -> None:
         """Leave without losing a connection: stop being chosen, take the rest, finish."""
+        deadline = time.monotonic() + self.cfg.graceful_timeout
         self.leave()
         for server in servers:
             if not server.exclusive:
                 server.close()
-        while self.awaits():
+        own = [server.socket for server in servers if server.exclusive]
+        while self.awaits(own):
+            self.notify()
             gevent.sleep(0.005)
         for server in servers:
             server.close()
 
-        deadline = time.monotonic() + self.cfg.graceful_timeout
         while time.monotonic() <= deadline:
             if not any(server.pool for server in servers):
                 return

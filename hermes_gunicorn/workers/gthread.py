@@ -189,9 +189,10 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         self.leave()
         self.watch_listeners()
         own = [s for s, exclusive in zip(self.sockets, self.exclusive(), strict=True) if exclusive]
-        while any(self._count((*_name(s), s), True) for s in own) or self.awaits() or self._hears():
+        while self.awaits(own) or self._hears():
             self.notify()
-            time.sleep(0.001)
+            if not any(self._count((*_name(s), s), True) for s in own):
+                time.sleep(0.001)
 
     def _hears(self) -> bool:
         """Listen to who has not spoken, whom gunicorn 23 forgets; say whether some are left."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import monotonic, monotonic_ns
 from typing import TYPE_CHECKING, Any, Final
 
@@ -62,6 +62,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
     _refreshed = 0.0
     _weighed = float("inf")
     _left = 0.0
+    _owed = 0  # how many were accepted when all is that waited at ``leave``
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -203,13 +204,22 @@ class HermesMixin(_Base):  # type: ignore[misc]
         self._rescuer = None
         self._left = monotonic()
         self.publisher.draining()
+        self._owed = self.publisher.accepted + self._waiting()
         if self.assignment:
             self.assignment.leave_siblings()
 
-    def awaits(self) -> bool:
-        """After ``leave``: whether connections sent here before may still be on their way."""
+    def awaits(self, own: Iterable[Any]) -> bool:
+        """After ``leave``: whether to accept what was sent here before, or is on its way still.
+
+        No more than that: with nobody else left, as at a stop, all that is new comes here.
+
+        Args:
+            own: the exclusive listeners it is accepted from.
+        """
         since = monotonic() - self._left
-        return since < _BOOKED_WITHIN or (self.publisher.queued > 0 and self.in_grace())
+        if since < _BOOKED_WITHIN or (self.publisher.queued > 0 and self.in_grace()):
+            return True
+        return self.publisher.accepted < self._owed and any(map(waiting, own))
 
     def in_grace(self) -> bool:
         """After ``leave``: whether it is too early to give up those who say nothing."""

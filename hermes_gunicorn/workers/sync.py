@@ -97,6 +97,7 @@ class HermesSyncWorker(HermesMixin, sync.SyncWorker):  # type: ignore[misc]
                 own.append((index, listener))
             else:
                 listener.close()
-        while any(self._accept_from(i, listener, True) for i, listener in own) or self.awaits():
+        while self.awaits(listener for _, listener in own):
             self.notify()
-            time.sleep(0.001)
+            if not any(self._accept_from(i, listener, True) for i, listener in own):
+                time.sleep(0.001)

@@ -184,6 +184,26 @@ def test_usr2_hands_the_port_over(start, tmp_path):
     assert sum(row["dispatched"] for row in rows[1:]) >= 20
 
 
+def test_usr2_loses_nothing_that_waits_for_a_worker_that_is_gone(start, tmp_path):
+    pidfile = tmp_path / "pid"
+    server = start("--pid", str(pidfile), workers=1)
+    (old,) = (psutil.Process(pid) for pid in server.worker_pids())
+    old.suspend()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(20)]
+        for client in clients:
+            client.send("/pid")
+        server.signal(signal.SIGUSR2)
+        master = new_master(pidfile)
+        wait_for(lambda: len(server.lines("hermes: kernel dispatch")) == 2, "the new dispatch")
+        server.signal(signal.SIGTERM)
+        old.kill()
+        assert server.wait_ended() == 0
+        # Nobody has that worker's listener open any more.
+        (new,) = master.children()
+        assert {client.receive() for client in clients} == {(200, str(new.pid).encode())}
+
+
 @pytest.mark.parametrize("when", ["while it boots", "when it serves"])
 def test_usr2_can_be_taken_back(start, tmp_path, when):
     pidfile = tmp_path / "pid"

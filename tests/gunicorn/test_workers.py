@@ -301,6 +301,34 @@ def only(*names: str) -> Any:
     return pytest.mark.parametrize("configuration", chosen, indirect=True)
 
 
+def of_each_class(mode: str) -> Any:
+    """Run a test for each class in one mode."""
+    chosen = [c for c in configurations() if c.values[0][1] == mode]
+    return pytest.mark.parametrize("configuration", chosen, indirect=True)
+
+
+@of_each_class("kernel")
+def test_what_waits_for_a_worker_that_is_told_to_stop_is_answered(serve):
+    server = serve(workers=2)
+    with contextlib.ExitStack() as stack:
+        # More than is accepted while connections may be on their way still, one second.
+        clients = [stack.enter_context(sent(server, "/spin?0.4")) for _ in range(12)]
+        wait_for(lambda: len(list(server.folder.glob("blocked-*"))) == 2, "both to be at work")
+        server.signal(signal.SIGTERM)
+        with ThreadPoolExecutor(12) as pool:
+            list(pool.map(received_and_closed, clients))
+    assert server.wait_ended() == 0
+
+
+@of_each_class("kernel")
+def test_a_server_that_is_told_to_stop_does_so_however_much_still_comes(serve):
+    server = serve(workers=2)
+    with under_load(server, rate=10_000, clients=16):
+        wait_for(lambda: sum(row["accepted"] for row in server.rows()) > 100, "the load")
+        server.signal(signal.SIGTERM)
+        assert server.process.wait(5) == 0  # half of graceful_timeout, at which it is killed
+
+
 # Other tests use the cores as well: who waits for one is not to look hung or to be helped.
 UNHURRIED = ("--hermes-hang-threshold", "1", "--hermes-rescue-after", "1")
 SAY_WHEN_LEAVING = """

@@ -19,7 +19,7 @@ from hermes_gunicorn.dispatch.kernel import KernelTable
 from hermes_gunicorn.errors import BpfError
 from hermes_gunicorn.loader import syscall
 from hermes_gunicorn.loader.program import Program
-from hermes_gunicorn.table import ALLOWED, BIND, CONTROL, GROUP, WORKER
+from hermes_gunicorn.table import ALLOWED, BIND, CONTROL, DRAINING, GROUP, READY, WORKER
 
 VERIFIER_BUDGET = 100_000  # instructions; the kernel's limit is a million
 
@@ -49,7 +49,7 @@ def test_the_python_layout_is_that_of_the_objects_btf(layout):
     }
 
 
-@pytest.mark.parametrize("attach_type", [39, 0], ids=["migrate", "select"])
+@pytest.mark.parametrize("attach_type", [40, 0], ids=["migrate", "select"])
 def test_the_verifier_passes_it_with_and_without_migration(kernel: KernelTable, attach_type: int):
     maps = kernel.bind_maps()
     fds = {name: map.fd for name, map in (kernel.maps() | maps).items()}
@@ -71,7 +71,16 @@ def test_a_program_the_verifier_refuses_is_refused_with_its_words():
     assert "\n" not in str(caught.value)
 
 
-def test_this_kernel_migrates(bind: Bind):
+def test_what_waits_on_a_listener_that_closes_goes_to_the_other_workers(bind: Bind):
+    for slot in (2, 3):
+        bind.table.set_state(slot, DRAINING)
+    bind.connect(20)
+    for slot in (2, 3):
+        bind.table.set_state(slot, READY)
+    bind.table.set_state(1, DRAINING)
+    assert bind.dispatcher.waiting(1) == 20
+    bind.listeners.pop(1).close()
+    assert bind.accepted(20).keys() == {2, 3}
     assert bind.dispatcher.migrates  # Linux 5.14 and later
 
 

@@ -299,8 +299,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def under_load(server: Server, rate: float = 100) -> Iterator[list[str]]:
-    """Send requests on new connections all the time; collect what fails."""
+def under_load(server: Server, rate: float = 100, clients: int = 2) -> Iterator[list[str]]:
+    """Have each client send requests on new connections all the time; collect what fails."""
     import threading
 
     failures: list[str] = []
@@ -313,7 +313,7 @@ def under_load(server: Server, rate: float = 100) -> Iterator[list[str]]:
             except (OSError, ConnectionError, AssertionError) as error:
                 failures.append(repr(error))
 
-    threads = [threading.Thread(target=run) for _ in range(2)]
+    threads = [threading.Thread(target=run) for _ in range(clients)]
     for thread in threads:
         thread.start()
     try:
