@@ -324,13 +324,14 @@ def table(result: dict[str, Any]) -> str:
         "# Chaos\n\n"
         f"`python bench/chaos.py --seconds {result['seconds']:g}`. {harness.describe(result)}\n\n"
         f"{result['parallel']} servers at a time, each with {WORKERS} workers,"
-        f" {result.get('rate', RATE):g} new connections/s and {KEPT} kept-alive clients. Events of a"
-        f" random sequence: {', '.join(EVENTS)}; and `max_requests` all the time. Stock gunicorn exits at"
-        " a reload with a broken configuration or with one more address, and `--reuse-port` at an"
-        " upgrade as well, so they are spared those. A request is lost if it was refused, reset,"
-        " closed without an answer, answered with an error or not answered in 15 s. Not counted as"
-        " lost: those on connections that a killed worker held; and what kept-alive clients may"
-        " repeat. Left out: new connections that the load generator had no core to make in time."
+        f" {result.get('rate', RATE):g} new connections/s and {KEPT} kept-alive clients."
+        f" Events of a random sequence: {', '.join(EVENTS)}; and `max_requests` all the time."
+        " Stock gunicorn exits at a reload with a broken configuration or with one more address,"
+        " and `--reuse-port` at an upgrade as well, so they are spared those. A request is lost if"
+        " it was refused, reset, closed without an answer, answered with an error or not answered"
+        " in 15 s. Not counted as lost: those on connections that a killed worker held; and what"
+        " kept-alive clients may repeat. Left out: new connections that the load generator had no"
+        " core to make in time."
         "\n\n" + harness.markdown_table(header, rows)
     )
 
