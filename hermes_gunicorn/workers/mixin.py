@@ -62,7 +62,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
     _refreshed = 0.0
     _weighed = float("inf")
     _left = 0.0
-    _owed = 0  # how many were accepted when all is that waited at ``leave``
+    _owed = 0  # ``publisher.accepted`` when all is taken that waited at ``leave``
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -219,7 +219,8 @@ class HermesMixin(_Base):  # type: ignore[misc]
         since = monotonic() - self._left
         if since < _BOOKED_WITHIN or (self.publisher.queued > 0 and self.in_grace()):
             return True
-        return self.publisher.accepted < self._owed and any(map(waiting, own))
+        owes = self.publisher.accepted < self._owed and since < self.cfg.graceful_timeout
+        return owes and any(map(waiting, own))
 
     def in_grace(self) -> bool:
         """After ``leave``: whether it is too early to give up those who say nothing."""

@@ -164,14 +164,18 @@ def new_master(pidfile: Path) -> psutil.Process:
     return process
 
 
-def test_usr2_hands_the_port_over(start, tmp_path):
+@pytest.mark.parametrize("mode", ["kernel dispatch", "shared mode"])
+def test_usr2_hands_the_port_over(start, tmp_path, mode):
     pidfile = tmp_path / "pid"
     server = start("--pid", str(pidfile))
+    before = len(server.lines(f"hermes: {mode}"))
+    conf = server.folder / "gunicorn.conf.py"
+    conf.write_text(conf.read_text() + f"hermes_mode = {mode.split()[0]!r}\n")
     old = server.worker_pids()
     with under_load(server) as failures:
         server.signal(signal.SIGUSR2)
         master = new_master(pidfile)
-        wait_for(lambda: len(server.lines("hermes: kernel dispatch")) == 2, "the new dispatch")
+        wait_for(lambda: len(server.lines(f"hermes: {mode}")) > before, "the new dispatch")
         wait_for(lambda: len(master.children()) == 2, "the new workers")
         server.signal(signal.SIGTERM)
         assert server.wait_ended() == 0
@@ -181,7 +185,7 @@ def test_usr2_hands_the_port_over(start, tmp_path):
     assert not old & {int(server.get("/pid")) for _ in range(20)}
     assert not server.lines("hermes: no kernel dispatch")
     rows = server.table()["rows"]
-    assert sum(row["dispatched"] for row in rows[1:]) >= 20
+    assert (sum(row["dispatched"] for row in rows[1:]) >= 20) == (mode == "kernel dispatch")
 
 
 def test_usr2_loses_nothing_that_waits_for_a_worker_that_is_gone(start, tmp_path):
