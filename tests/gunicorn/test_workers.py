@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -295,20 +295,13 @@ def test_max_requests_under_load_loses_nothing(serve):
     assert not failures
 
 
-def only(*names: str) -> Any:
+def only(*names: str, modes: Sequence[str] = MODES) -> Any:
     """Run a test for these classes only, and not behind nginx, which keeps connections."""
-    chosen = [c for c in configurations() if c.values[0][0] in names and "nginx" not in c.id]
+    chosen = [c for c in configurations() if c.values[0][0] in names and c.values[0][1] in modes]
     return pytest.mark.parametrize("configuration", chosen, indirect=True)
 
 
-def of_each_class(mode: str, but: str = "") -> Any:
-    """Run a test for each class in one mode."""
-    values = {c: c.values[0] for c in configurations()}
-    chosen = [c for c, (name, its) in values.items() if its == mode and CLASSES[name] != but]
-    return pytest.mark.parametrize("configuration", chosen, indirect=True)
-
-
-@of_each_class("kernel")
+@only(*CLASSES, modes=["kernel"])
 def test_what_waits_for_a_worker_that_is_told_to_stop_is_answered(serve):
     server = serve(workers=2)
     with contextlib.ExitStack() as stack:
@@ -322,7 +315,10 @@ def test_what_waits_for_a_worker_that_is_told_to_stop_is_answered(serve):
 
 
 # gunicorn 25's ASGI worker, stock as well, counts connections that have ended and waits for them.
-@of_each_class("kernel", but="hermes_asgi" if gunicorn.__version__.startswith("25.") else "")
+WAIT_FOR_NOBODY = {"asyncio", "uvloop"} if gunicorn.__version__.startswith("25.") else set()
+
+
+@only(*CLASSES.keys() - WAIT_FOR_NOBODY, modes=["kernel"])
 def test_a_server_that_is_told_to_stop_does_so_however_much_still_comes(serve):
     server = serve(workers=2)
     with under_load(server, rate=10_000, clients=16):
