@@ -84,7 +84,8 @@ def _serve_stats(watch: Watch, where: str, complain: bool) -> bool:
         web.serve(watch, where)
     except OSError as error:
         if complain:
-            print(f"hermes: no statistics on {where}: {error}", file=sys.stderr, flush=True)
+            text = f"hermes: no statistics on {where}: {error}; trying again every {EVERY:g} s"
+            print(text, file=sys.stderr, flush=True)
         return False
     return True
 
