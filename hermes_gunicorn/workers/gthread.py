@@ -94,7 +94,7 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         """Watch the listeners, or not (gunicorn 24+)."""
         self._accepting = self._enabled = enabled
         self.watch_listeners()
-        if not self.alive or self.ppid != os.getppid():
+        if not enabled and (not self.alive or self.ppid != os.getppid()):
             self.drain()
 
     def get_thread_pool(self) -> Any:

@@ -12,7 +12,8 @@ from random_tables import Filling, fillings, fit, view
 from hermes_gunicorn import policy
 from hermes_gunicorn.table import BY_BIND, SHARED_SLOT, SLOTS_PER_GROUP
 
-# How many tables of each size: 10,000 together. With 230 there are four groups.
+# How many tables of each size: 10,000 together, a fifth of them unless the run is thorough.
+# With 230 there are four groups.
 TABLES = {1: 500, 3: 2500, 8: 3000, 63: 1500, 64: 500, 150: 1000, 230: 1000}
 
 # What fails is found in the order in which it is drawn; shrinking hundreds of
@@ -34,10 +35,13 @@ def sent_to(bind: Bind) -> int:
 
 
 @pytest.mark.parametrize("slots", TABLES)
-def test_the_kernel_chooses_what_the_model_chooses(make_bind: MakeBind, slots: int):
+def test_the_kernel_chooses_what_the_model_chooses(
+    make_bind: MakeBind, slots: int, pytestconfig: pytest.Config
+):
     bind = make_bind(slots)
+    tables = TABLES[slots] // (1 if pytestconfig.getoption("thorough") else 5)
 
-    @settings(SETTINGS, max_examples=TABLES[slots])
+    @settings(SETTINGS, max_examples=tables)
     @given(filling=fillings(slots))
     def agree(filling: Filling) -> None:
         filling.into(bind)
