@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from copies import copy_project
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,3 +17,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def loader() -> str:
     """The prebuilt object; BCC's comes from the same source."""
     return "object"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the project, to be changed."""
+    return copy_project(tmp_path)

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import ast
 import itertools
-import os
 import re
-import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from copies import ROOT, WITHIN, run_tests
 
-ROOT = Path(__file__).parents[2]
 MODEL = Path("hermes_gunicorn/policy.py")
 PROGRAM = Path("bpf/hermes.bpf.c")
 TESTS = (
@@ -28,7 +25,6 @@ TESTS = (
     "tests/kernel/test_dispatch.py",
 )
 FLIPPED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
-WITHIN = 600  # seconds
 EVERY = 6  # mutant that is tried unless the run is thorough
 
 # The decision in the program: all functions from the first to the last of these.
@@ -114,32 +110,14 @@ def mutants() -> list[Mutant]:
     return result
 
 
-def run_tests(copy: Path) -> subprocess.CompletedProcess[str]:
+def run(copy: Path) -> subprocess.CompletedProcess[str]:
     """Run the tests that state the decision against a copy of the project."""
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-k", "not bcc", *TESTS],
-        cwd=copy,
-        env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=WITHIN,
-        check=False,
-    )
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """A copy of all that is needed."""
-    for part in ("hermes_gunicorn", "bpf", "tests"):
-        ignore = shutil.ignore_patterns("__pycache__", "*.o.bak")
-        shutil.copytree(ROOT / part, tmp_path / part, ignore=ignore)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    return tmp_path
+    return run_tests(copy, "-k", "not bcc", *TESTS)
 
 
 def test_the_copy_itself_passes(copy: Path):
-    run = run_tests(copy)
-    assert run.returncode == 0, run.stdout[-2000:]
+    done = run(copy)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -153,5 +131,5 @@ def test_a_flipped_comparison_makes_a_test_fail(copy: Path, mutant: Mutant):
     (copy / mutant.path).write_text(mutant.text())
     if mutant.path == PROGRAM:
         subprocess.run(["make", "-s", "-C", copy / "bpf"], check=True, timeout=WITHIN)
-    run = run_tests(copy)
-    assert run.returncode == 1, run.stdout[-2000:]
+    done = run(copy)
+    assert done.returncode == 1, done.stdout[-2000:]
