@@ -11,6 +11,8 @@ from kernel_bind import Bind, MakeBind
 from hermes_gunicorn.dispatch.kernel import KernelTable
 from hermes_gunicorn.loader import syscall
 
+pytest_plugins = ["needs", "repeats"]
+
 
 @pytest.fixture
 def bpf_stats() -> Iterator[None]:
@@ -20,7 +22,7 @@ def bpf_stats() -> Iterator[None]:
     os.close(fd)
 
 
-@pytest.fixture(params=["object", "bcc"])
+@pytest.fixture(params=["object", pytest.param("bcc", marks=pytest.mark.bcc)])
 def loader(request: pytest.FixtureRequest) -> str:
     """Each loader in turn; the tests that use it hold for both."""
     return str(request.param)

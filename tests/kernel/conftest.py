@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import pytest
 from kernel_bind import Bind, MakeBind, set_row
 
+from hermes_gunicorn import loader as loaders
 from hermes_gunicorn.table import READY
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once() -> Iterator[None]:
+    """Have BCC compile the program for the first test, which takes a second, and not again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loaders, "_from_bcc", functools.cache(loaders._from_bcc))
+        yield
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 
 import pytest
-from kernel_bind import Bind, MakeBind, set_row
+from kernel_bind import Bind, MakeBind, check_hangs, set_row
 
 from hermes_gunicorn import policy
 from hermes_gunicorn.loader import syscall
@@ -28,8 +28,6 @@ from hermes_gunicorn.table import (
     SLOTS_PER_GROUP,
     WORKER,
 )
-
-SECOND = 1_000_000_000
 
 
 def test_fewest_requests_first(bind: Bind):
@@ -86,19 +84,19 @@ def test_ties_are_broken_by_the_hash(bind: Bind):
 
 
 def test_a_hung_worker_is_skipped(bind: Bind):
-    bind.table.hang_threshold_ns = SECOND // 10
-    set_row(bind.table, 1, busy_since_ns=time.monotonic_ns() - SECOND)
+    hangs, well = check_hangs(bind.table)
+    set_row(bind.table, 1, busy_since_ns=hangs)
     for slot in (2, 3):
-        set_row(bind.table, slot, requests=5, busy_since_ns=time.monotonic_ns())
+        set_row(bind.table, slot, requests=5, busy_since_ns=well)
     assert bind.sent()[1] == 0
     assert bind.counter("hung_skipped") == 1
 
 
 def test_a_worker_that_has_just_woken_is_not_hung(bind: Bind):
-    bind.table.hang_threshold_ns = SECOND
+    _, now = check_hangs(bind.table)
     # In the future: it may have read the clock after the program did.
-    for slot, age in ((1, SECOND // 2), (2, 0), (3, -SECOND)):
-        set_row(bind.table, slot, busy_since_ns=time.monotonic_ns() - age)
+    for slot, age in ((1, now // 8), (2, 0), (3, -now)):
+        set_row(bind.table, slot, busy_since_ns=now - age)
     assert bind.sent(30)[SHARED_SLOT] == 0
     assert bind.counter("hung_skipped") == 0
 
@@ -112,9 +110,9 @@ def test_the_hang_check_can_be_switched_off(bind: Bind, threshold: int):
 
 
 def test_with_all_workers_hung_the_first_to_come_back_takes_it(bind: Bind):
-    bind.table.hang_threshold_ns = SECOND // 10
+    hangs, _ = check_hangs(bind.table)
     for slot in (1, 2, 3):
-        set_row(bind.table, slot, busy_since_ns=time.monotonic_ns() - SECOND)
+        set_row(bind.table, slot, busy_since_ns=hangs)
     assert bind.sent() == {SHARED_SLOT: 1}
     assert bind.counter("hung_skipped") == 3
     assert bind.counter("none_eligible") == 1
@@ -276,9 +274,9 @@ def test_cascade_without_a_selection_takes_the_least_loaded(bind: Bind):
 
 def test_cascade_does_not_send_to_a_selected_worker_that_hangs_by_now(bind: Bind):
     bind.table.policy = CASCADE
-    bind.table.hang_threshold_ns = SECOND // 10
+    hangs, _ = check_hangs(bind.table)
     select(bind, 1)
-    set_row(bind.table, 1, busy_since_ns=time.monotonic_ns() - SECOND)
+    set_row(bind.table, 1, busy_since_ns=hangs)
     set_row(bind.table, 2, requests=1)
     assert bind.sent() == {3: 1}
     assert bind.counter("hung_skipped") == 1
@@ -361,11 +359,11 @@ def test_another_locality_group_helps_out_when_the_own_one_has_no_healthy_worker
     localities: Bind,
 ):
     table = localities.table
-    table.hang_threshold_ns = SECOND // 10
+    hangs, _ = check_hangs(table)
     group = policy.locality(b"", BY_BIND, 0, LOCALITIES)
     mine = {0: (5, 6), 1: (70, 71), 2: (140, 141)}[group]
     for slot in mine:
-        set_row(table, slot, busy_since_ns=time.monotonic_ns() - SECOND)
+        set_row(table, slot, busy_since_ns=hangs)
     assert not set(mine) & set(localities.sent(10))
     assert localities.counter("spilled") == 10
     for slot in mine:

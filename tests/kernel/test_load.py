@@ -112,7 +112,7 @@ def test_what_waits_on_a_slot_stays_for_its_next_owner(bind: Bind):
 def test_nothing_is_left_open(kernel: KernelTable, make_bind: MakeBind):
     make_bind(3).close()
     before = open_fds()
-    for _ in range(100):
+    for _ in range(20):
         make_bind(3).close()
     assert open_fds() == before
 

@@ -1,6 +1,9 @@
 """The application under test; copied beside gunicorn.conf.py, imported by both."""
 
 import asyncio
+import contextlib
+import ctypes
+import itertools
 import json
 import os
 import re
@@ -54,6 +57,24 @@ def mark():
         pass
 
 
+def until_released(name):
+    """Leave a file that says so, and yield until the test releases that name."""
+    for number in itertools.count():
+        with contextlib.suppress(FileExistsError):
+            open(f"held-{name}.{number}.{os.getpid()}", "x").close()
+            break
+    while not os.path.exists(f"release-{name}"):
+        yield
+
+
+def hold_the_gil(name):
+    """Be inside C code that holds the GIL until the test releases that name."""
+    path = f"gil-{name}"
+    os.mkfifo(path)
+    next(until_released(name))
+    os.close(ctypes.PyDLL(None).open(path.encode(), os.O_RDONLY))
+
+
 def answer(path, query):
     """Do what the path says, if it needs no server interface."""
     status, body = "200 OK", str(os.getpid()).encode()
@@ -78,6 +99,14 @@ def answer(path, query):
         mark()
         # Backtracks in C, with the GIL held: a second or so, twice that for one more.
         re.match(r"(a+)+$", "a" * int(query) + "b")
+    elif path == "/hold":
+        for _ in until_released(query):
+            original_sleep()(0.005)
+    elif path == "/hold-the-gil":
+        hold_the_gil(query)
+    elif path == "/burn":
+        for _ in until_released(query):
+            pass
     elif path == "/block":
         mark()
         original_sleep()(float(query))
@@ -100,6 +129,9 @@ def app(environ, start_response):
     status, body = answer(path, query)
     if path == "/sleep":
         time.sleep(float(query))
+    elif path == "/wait":
+        for _ in until_released(query):
+            time.sleep(0.01)
     elif path == "/echo":
         body = environ["wsgi.input"].read()
     elif path == "/upgrade":
@@ -131,6 +163,9 @@ async def asgi(scope, receive, send):
     status, body = answer(path, query)
     if path == "/sleep":
         await asyncio.sleep(float(query))
+    elif path == "/wait":
+        for _ in until_released(query):
+            await asyncio.sleep(0.01)
     elif path == "/echo":
         body = (await receive())["body"]
     length = str(len(body)).encode()

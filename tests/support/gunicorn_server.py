@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -20,10 +19,15 @@ from typing import Any
 
 import gunicorn
 import psutil
+from ports import free_port
 
-READY_WITHIN = 20.0  # seconds
-GONE_WITHIN = 20.0
-ANSWERED_WITHIN = 15.0
+from hermes_gunicorn.errors import HermesError
+from hermes_gunicorn.monitor.control import ask
+
+# Seconds. They end a test that hangs and judge nothing: far more than a busy machine needs.
+READY_WITHIN = 60.0
+GONE_WITHIN = 60.0
+ANSWERED_WITHIN = 60.0
 APPS = Path(__file__).with_name("apps.py")
 # Where the scripts of this environment are; not `python -m gunicorn`, which breaks
 # USR2: the re-executed server finds gunicorn's own modules before the standard ones.
@@ -41,24 +45,17 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = READY_WIT
     return value
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """Find a port nobody listens on, below those that the kernel gives to clients."""
-    while True:
-        port = random.randrange(10_000, 32_768)
-        with (
-            socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock,
-            contextlib.suppress(OSError),
-        ):
-            sock.bind((host, port))
-            return port
-
-
 def listens(port: int) -> bool:
     """Say whether somebody listens on a port of 127.0.0.1."""
     with contextlib.suppress(OSError):
         socket.create_connection(("127.0.0.1", port), 1).close()
         return True
     return False
+
+
+def unprivileged() -> list[str]:
+    """Return the command prefix that makes a server run without any privilege."""
+    return as_nobody() if os.geteuid() == 0 else []
 
 
 def as_nobody(*capabilities: str, uid: int = 65534) -> list[str]:
@@ -238,6 +235,34 @@ class Server:
         with self.connect() as client:
             return client.get(path, **options)
 
+    def release(self, name: str) -> None:
+        """Let requests that wait for that name go on: /hold, /burn, /hold-the-gil and /wait."""
+        (self.folder / f"release-{name}").touch()
+        fifo = self.folder / f"gil-{name}"
+
+        def opened() -> bool:
+            with contextlib.suppress(OSError):  # not opened at the other end yet
+                os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+                return True
+            return False
+
+        if fifo.exists():
+            wait_for(opened, "the one that holds the GIL")
+
+    def held(self, name: str) -> list[int]:
+        """Return the process of each request that has come to wait for that release."""
+        return [int(path.suffix[1:]) for path in self.folder.glob(f"held-{name}.*.*")]
+
+    def forget_requests(self) -> None:
+        """Remove the files that requests and their releases have left."""
+        for pattern in ("blocked-*", "held-*", "release-*", "gil-*"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+
+    def tune(self, threshold: float) -> None:
+        """Set the hang threshold of the running server, in seconds; 0 is never."""
+        self._ask("set", name="threshold", value=threshold)
+
     def keeps(self, path: str) -> bool:
         """Say whether a connection is open after a few such requests."""
         with self.connect() as client:
@@ -257,6 +282,38 @@ class Server:
         """Return the rows of workers that are ready, or in the given states."""
         wanted = states or (2,)
         return [row for row in self.table()["rows"] if row["state"] in wanted]
+
+    def status(self) -> dict[str, Any]:
+        """Ask the monitor, from outside: no worker has a request for it."""
+        answer: dict[str, Any] = self._ask("status")
+        return answer
+
+    def _ask(self, what: str, **asked: Any) -> Any:
+        def answered() -> tuple[Any] | None:
+            with contextlib.suppress(HermesError):  # it does not wait as long as we do
+                return (ask(self.process.pid, what, **asked),)
+            return None
+
+        return wait_for(answered, f"the monitor's answer to {what}")[0]
+
+    def settle(self, connections: int | None = None, requests: int = 0) -> None:
+        """Wait until all workers are in poll and nothing is on its way.
+
+        Args:
+            connections: as many are open then, on all workers together.
+            requests: as many are in flight then.
+        """
+
+        def settled() -> bool:
+            workers = self.status()["workers"]
+            opened = sum(worker["connections"] for worker in workers)
+            return (
+                not any(worker["queued"] or worker["busy"] for worker in workers)
+                and sum(worker["requests"] for worker in workers) == requests
+                and connections in (None, opened)
+            )
+
+        wait_for(settled, "the server to settle")
 
     def worker_pids(self) -> set[int]:
         """Return the arbiter's children."""

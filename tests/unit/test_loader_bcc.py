@@ -12,6 +12,8 @@ from hermes_gunicorn import loader
 from hermes_gunicorn.errors import LayoutMismatch, LoaderError
 from hermes_gunicorn.loader import bcc
 
+pytestmark = pytest.mark.bcc
+
 
 @pytest.fixture
 def source(tmp_path) -> Path:

@@ -54,7 +54,8 @@ def test_that_connections_are_closed_is_told_once_for_all_workers(table, monkeyp
     for slot in (1, 2):
         worker = held(table, slot)
         worker.log = SimpleNamespace(info=told.append)
-        worker._weighed = time.monotonic() - 1
+        worker._weighed = 0.0
+        monkeypatch.setattr("hermes_gunicorn.workers.mixin.monotonic", lambda: 1.0)
         worker._weigh(1.0)
         assert worker.keeping.closes()
     assert len(told) == 1

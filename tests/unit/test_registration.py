@@ -30,6 +30,7 @@ def evaluate(code: str, **environ: str) -> str:
     return python("-c", code, **environ).stdout.strip()
 
 
+@pytest.mark.timing
 def test_the_hook_costs_an_interpreter_less_than_a_millisecond():
     def cost() -> int:
         trace = python("-X", "importtime", "-c", "pass").stderr

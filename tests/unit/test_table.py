@@ -227,19 +227,22 @@ def test_looking_at_a_table_does_not_change_it(shared):
     assert [part.tolist() for part in at] == before
 
 
-def test_the_end_of_a_turn_counts_however_soon_after_another_it_began(shared):
+def test_the_end_of_a_turn_counts_however_soon_after_another_it_began(shared, monkeypatch):
+    now = [SECOND]
+    monkeypatch.setattr(table, "monotonic_ns", lambda: now[0])
     pen, called = Publisher(shared, 1), []
 
     def at_turn(woke_ns: int) -> int:
         called.append(woke_ns)
-        return time.monotonic_ns() + SECOND // 50
+        return now[0] + SECOND // 50
 
     pen.at_turn(at_turn)
-    for pause in (0, 0.02):
+    for lasts in (0, SECOND // 50 - 1, SECOND // 50):
         pen.woke()
-        time.sleep(pause)
+        now[0] += lasts
         pen.polls()
-    assert len(called) == 2
+    # The second ended too soon after the first; the third began as soon after it.
+    assert called == [SECOND, SECOND + SECOND // 50 - 1]
 
 
 def test_a_first_turn_that_began_without_poll_is_no_turn_since_the_machine_was_booted(shared):
