@@ -46,11 +46,17 @@ def _expected() -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the tests that must fail; an unknown name in the list is an error."""
+    """Mark the tests that must fail; an unknown name in the list is an error.
+
+    The others wait as long as gunicorn thinks enough, which on a busy machine it may not
+    be: they may be repeated once, as our own tests that measure time.
+    """
     expected = _expected()
     for item in items:
         reason = expected.pop(item.nodeid, None)
-        if reason is not None:
+        if reason is None:
+            item.add_marker(pytest.mark.timing)
+        else:
             item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
     if expected and not config.getoption("keyword"):
         raise pytest.UsageError(f"expected.txt names tests that do not exist: {list(expected)}")
