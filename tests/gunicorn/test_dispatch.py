@@ -16,6 +16,8 @@ import pytest
 from gunicorn_server import Client, Server, under_load, wait_for
 
 PROG_TYPE_SK_REUSEPORT = 21
+# However long a busy machine takes over a test.
+PATIENT = ("--keep-alive", "300", "--timeout", "300")
 
 
 def program_runs(server: Server) -> int:
@@ -69,7 +71,7 @@ def blocked(row: dict[str, int]) -> bool:
 @pytest.mark.ebpf
 def test_no_connection_waits_on_a_blocked_worker(start, loader, bpf_stats):
     """400 connections while one of 4 workers is blocked: none meets it."""
-    server = start(*loader, workers=4)
+    server = start(*loader, *PATIENT, workers=4)
     with two_workers(server) as (blocker, victim, other):
 
         def rows() -> list[dict[str, int]]:
@@ -133,7 +135,7 @@ def test_a_killed_worker_costs_nothing_but_its_own_requests(start, loader):
 
 
 def test_a_blocked_worker_is_left_alone_until_its_loop_turns_again(start):
-    server = start(workers=2)
+    server = start(*PATIENT, workers=2)
     with two_workers(server) as (blocker, slot, other):
         victim = blocker.get("/pid")
         blocker.send("/hold?end")
