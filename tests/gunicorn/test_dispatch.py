@@ -12,9 +12,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from gunicorn_server import Client, Server, under_load, wait_for
 
 PROG_TYPE_SK_REUSEPORT = 21
+# However long a busy machine takes over a test.
+PATIENT = ("--keep-alive", "300", "--timeout", "300")
 
 
 def program_runs(server: Server) -> int:
@@ -65,9 +68,10 @@ def blocked(row: dict[str, int]) -> bool:
     return row["requests"] > 0 and busy > 50_000_000
 
 
+@pytest.mark.ebpf
 def test_no_connection_waits_on_a_blocked_worker(start, loader, bpf_stats):
-    """400 connections in the 5 s that one of 4 workers is blocked: none meets it."""
-    server = start(*loader, workers=4)
+    """400 connections while one of 4 workers is blocked: none meets it."""
+    server = start(*loader, *PATIENT, workers=4)
     with two_workers(server) as (blocker, victim, other):
 
         def rows() -> list[dict[str, int]]:
@@ -75,37 +79,37 @@ def test_no_connection_waits_on_a_blocked_worker(start, loader, bpf_stats):
             return table["rows"]
 
         before, runs = rows(), program_runs(server)
-        blocker.send("/block?5")
+        blocker.send("/hold?end")
         wait_for(lambda: blocked(rows()[victim]), "the block")
-        started = time.monotonic()
-        answers: Counter[bytes] = Counter()
-        slowest = 0.0
-        for _ in range(400):
-            sent = time.monotonic()
-            answers[server.get("/pid")] += 1
-            slowest = max(slowest, time.monotonic() - sent)
-        assert time.monotonic() - started < 4.5, "the machine was too slow for this test"
+        # It lasts until all are answered: what meets it would have to be rescued.
+        answers = Counter(int(server.get("/pid")) for _ in range(400))
         after = rows()
-        pid = blocker.receive()[1]
+        (pid,) = server.held("end")
+        server.release("end")
+        assert blocker.receive()[0] == 200
     assert answers[pid] == 0
     assert answers.total() == 400
-    assert slowest < 0.5
+    assert sum(r["rescued"] for r in after) == sum(r["rescued"] for r in before)
     assert after[victim]["dispatched"] == before[victim]["dispatched"]
     assert sum(r["dispatched"] for r in after) - sum(r["dispatched"] for r in before) == 400
     assert program_runs(server) - runs == 400
 
 
+@pytest.mark.ebpf
 def test_kept_alive_connections_are_spread_evenly(start, loader):
-    """48 kept-alive connections over 8 workers: each has 6, one off allowed."""
+    """48 kept-alive connections over 8 workers: each has 6."""
     # Other tests use the cores as well: who waits for one is not to look hung or to be helped.
-    flags = ("--hermes-hang-threshold", "1", "--hermes-rescue-after", "1")
+    flags = ("--hermes-hang-threshold", "60", "--hermes-rescue-after", "60", "--keep-alive", "60")
     server = start(*loader, *flags, workers=8)
-    wait_for(lambda: quiet(server), "quiet")
-    clients = [server.connect() for _ in range(48)]
+    server.settle(0)
+    clients: list[Client] = []
     try:
+        for _ in range(48):
+            clients.append(server.connect())
+            clients[-1].get("/pid")
+            server.settle(len(clients))
         pids = Counter(client.get("/pid") for client in clients)
-        assert len(pids) == 8
-        assert all(5 <= count <= 7 for count in pids.values()), pids
+        assert sorted(pids.values()) == [6] * 8
         assert Counter(client.get("/pid") for client in clients) == pids
     finally:
         for client in clients:
@@ -131,12 +135,13 @@ def test_a_killed_worker_costs_nothing_but_its_own_requests(start, loader):
 
 
 def test_a_blocked_worker_is_left_alone_until_its_loop_turns_again(start):
-    server = start(workers=2)
+    server = start(*PATIENT, workers=2)
     with two_workers(server) as (blocker, slot, other):
         victim = blocker.get("/pid")
-        blocker.send("/block?3")
+        blocker.send("/hold?end")
         wait_for(lambda: blocked(json.loads(other.get("/table"))["rows"][slot]), "the block")
         assert victim not in {server.get("/pid") for _ in range(50)}
+        server.release("end")
         assert blocker.receive()[0] == 200
     wait_for(lambda: server.get("/pid") == victim, "the worker's return")
 

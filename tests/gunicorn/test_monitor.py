@@ -33,7 +33,7 @@ def ctl(server, *arguments: str, prefix: list[str] | None = None) -> subprocess.
         [*(prefix or []), str(HERMESCTL), arguments[0], *chosen, *arguments[1:]],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
         env={**os.environ, "COLUMNS": "200"},
     )
@@ -56,10 +56,16 @@ def monitors(server) -> list[psutil.Process]:
     ]
 
 
-@pytest.fixture(params=["kernel", "shared"])
+@pytest.fixture(params=[pytest.param("kernel", marks=pytest.mark.ebpf), "shared"])
 def server(request, start):
     """A server, in both modes."""
     return start("--hermes-mode", request.param, "--keep-alive", "30", workers=3)
+
+
+@pytest.fixture(params=[pytest.param("kernel", marks=pytest.mark.ebpf), "shared"])
+def same_server(request, share):
+    """The same for tests that leave it as it was."""
+    return share("--hermes-mode", request.param, "--keep-alive", "30", workers=3)
 
 
 def test_a_monitor_is_there_when_asked_for_and_gone_with_the_arbiter(server):
@@ -83,20 +89,29 @@ def test_a_killed_monitor_harms_nobody_and_the_next_question_starts_another(serv
 
 
 def test_a_hang_is_seen_while_it_lasts_and_told_afterwards(server):
+    def hangs() -> list[float]:
+        lines = ctl(server, "events", "--json").stdout.splitlines()
+        return [each["seconds"] for each in map(json.loads, lines) if each["kind"] == "hang"]
+
+    began = time.monotonic()
     with server.connect() as client:
-        client.send("/block?10")
-        wait_for(lambda: list(server.folder.glob("blocked-*")), "the block")
-        wait_for(lambda: not status(server)["healthy"], "a word about it")
+        client.send("/hold?end")
+        wait_for(lambda: server.held("end"), "the block")
+        wait_for(lambda: not server.status()["healthy"], "a word about it")
         run = ctl(server, "status")
         assert run.returncode == 1
         assert "1 of 3 workers hang" in run.stdout
         assert "hung" in ctl(server, "top", "--once").stdout
         assert "hung: busy for" in ctl(server, "explain").stdout
+        (so_far,) = hangs()
+        assert so_far > 0
+        server.release("end")
         client.receive()
-    wait_for(lambda: ctl(server, "status").returncode == 0, "health")
-    lines = ctl(server, "events", "--json").stdout.splitlines()
-    (hang,) = [event for event in map(json.loads, lines) if event["kind"] == "hang"]
-    assert 5 < hang["seconds"] < 15
+        lasted = time.monotonic() - began
+    wait_for(lambda: server.status()["healthy"], "health")
+    assert ctl(server, "status").returncode == 0
+    (seconds,) = hangs()
+    assert so_far <= seconds <= lasted
 
 
 def test_a_table_full_of_nonsense_can_be_looked_at(server):
@@ -108,7 +123,9 @@ def test_a_table_full_of_nonsense_can_be_looked_at(server):
         assert run.stdout
 
 
-def test_another_user_is_told_nothing(server):
+@pytest.mark.root
+def test_another_user_is_told_nothing(same_server):
+    server = same_server
     other = as_nobody(uid=65533)  # some other test's server may belong to nobody
     run = ctl(None, "status", prefix=other)
     assert run.returncode == 2
@@ -126,7 +143,9 @@ def test_another_user_is_told_nothing(server):
     assert run.stdout == "b''\n" or "ConnectionReset" in run.stderr or "BrokenPipe" in run.stderr
 
 
-def test_others_cannot_keep_the_owner_from_asking(server):
+@pytest.mark.root
+def test_others_cannot_keep_the_owner_from_asking(same_server):
+    server = same_server
     code = (
         "import socket, time; held = []\n"
         "for _ in range(40):\n"
@@ -155,6 +174,8 @@ def test_nobody_can_answer_for_a_server():
     assert "not server" in run.stderr
 
 
+@pytest.mark.ebpf
+@pytest.mark.root
 def test_the_servers_own_user_may_ask(launch):
     server = launch(prefix=as_nobody("+bpf")).wait_ready()
     run = ctl(server, "status", prefix=as_nobody())
@@ -189,15 +210,22 @@ def test_a_drained_worker_gets_nothing_new_but_keeps_what_it_has(server):
     assert ctl(server, "drain", "99").returncode == 2
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("worker_class", ["hermes", "hermes_sync"])
 def test_a_drained_worker_rests(start, worker_class):
     server = start(worker_class=worker_class, workers=2)
     (first, *_) = status(server)["workers"]
     assert ctl(server, "drain", str(first["slot"])).returncode == 0
-    process = psutil.Process(first["pid"])
-    before = sum(process.cpu_times()[:2])
-    time.sleep(2)
-    assert sum(process.cpu_times()[:2]) - before < 0.5
+
+    def wanted_a_core() -> float:
+        """Return for how many seconds it had one or waited for one."""
+        tasks = Path(f"/proc/{first['pid']}/task").glob("*/schedstat")
+        return sum(sum(map(int, task.read_text().split()[:2])) for task in tasks) / 1e9
+
+    before, began = wanted_a_core(), time.monotonic()
+    time.sleep(1)
+    # All the time, if it span, however many others want the cores.
+    assert wanted_a_core() - before < (time.monotonic() - began) / 4
 
 
 def test_explain_agrees_with_what_happens(start):
@@ -212,6 +240,7 @@ def test_explain_agrees_with_what_happens(start):
     assert "1 connections" in line
 
 
+@pytest.mark.netns
 def test_without_a_server_there_is_a_clear_word():
     run = subprocess.run(
         ["unshare", "-n", str(HERMESCTL), "status"], capture_output=True, text=True, check=False
@@ -248,8 +277,8 @@ def test_the_statistics_answer_while_all_workers_hang(stats):
     blockers = []
     for number in range(2):  # one after the other, each to a worker that does not block
         blockers.append(server.connect())
-        blockers[-1].send("/block?4")
-        wait_for(lambda n=number: len(list(server.folder.glob("blocked-*"))) > n, f"block {number}")
+        blockers[-1].send("/hold?end")
+        wait_for(lambda n=number: len(server.held("end")) > n, f"block {number}")
     wait_for(lambda: "all 2 workers hang" in fetch(where, "/stats.json")[2], "a word about it")
     metrics = {
         (sample.name, sample.labels.get("slot")): sample.value
@@ -258,6 +287,7 @@ def test_the_statistics_answer_while_all_workers_hang(stats):
     }
     assert metrics["hermes_worker_hung", "1"] == metrics["hermes_worker_hung", "2"] == 1
     assert metrics["hermes_worker_requests", "1"] == 1
+    server.release("end")
     for blocker in blockers:
         assert blocker.receive()[0] == 200
         blocker.close()
@@ -322,10 +352,11 @@ def test_a_reload_moves_the_statistics(start, tmp_path):
 # gunicorn's own channels.
 
 
+@pytest.mark.ebpf
 def test_statsd_gets_ours_beside_gunicorns_own(start):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sink:
         sink.bind(("127.0.0.1", 0))
-        sink.settimeout(10)
+        sink.settimeout(60)
         heard: list[str] = []
 
         def hears(metric: str) -> bool:
@@ -336,9 +367,10 @@ def test_statsd_gets_ours_beside_gunicorns_own(start):
         server = start("--statsd-host", to, "--statsd-prefix", "shop", workers=2)
         wait_for(lambda: hears("shop.hermes.workers.hung:0|g"), "a gauge")
         with server.connect() as client:
-            client.send("/block?10")
+            client.send("/hold?end")
             wait_for(lambda: hears("shop.hermes.workers.hung:1|g"), "the hang")
             wait_for(lambda: hears("shop.hermes.requests:1|g"), "its request")
+            server.release("end")
             assert client.receive()[0] == 200
         heard.clear()
         wait_for(lambda: hears("shop.hermes.workers.hung:0|g"), "its end")
@@ -368,7 +400,8 @@ def test_gunicornc_still_tells_the_truth(start):
     assert (stats["pid"], stats["workers_current"]) == (server.process.pid, 3)
 
 
-def test_questions_do_not_disturb_a_server_under_load(server):
+def test_questions_do_not_disturb_a_server_under_load(same_server):
+    server = same_server
     stop = threading.Event()
     failures: list[str] = []
 
@@ -400,12 +433,15 @@ def doctor(*prefix: str) -> str:
     return run.stdout
 
 
+@pytest.mark.ebpf
 def test_the_doctor_tries_the_real_thing():
     said = doctor()
     assert "ok  kernel dispatch: tried, works" in said
     assert "hermes_mode = auto chooses: kernel" in said
 
 
+@pytest.mark.ebpf
+@pytest.mark.root
 def test_the_doctor_says_what_a_user_without_privilege_needs():
     said = doctor(*as_nobody())
     assert "no  kernel dispatch: no permission to use eBPF" in said
@@ -421,6 +457,9 @@ def test_why_a_unix_socket_is_shared_is_told(start):
     assert "Unix sockets: always in shared mode" in doctor()
 
 
+@pytest.mark.ebpf
+@pytest.mark.netns
+@pytest.mark.bcc
 def test_the_doctor_sees_that_bcc_is_absent():
     bcc = Path("/usr/lib/python3/dist-packages/bcc")
     assert bcc.is_dir(), "python3-bpfcc is to be installed for the tests"

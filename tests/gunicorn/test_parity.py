@@ -142,7 +142,7 @@ def test_max_requests_loses_nothing(start):
 def test_a_worker_that_exceeds_the_timeout_is_replaced(start, worker_class):
     server = start("--timeout", "2", worker_class=worker_class)
     with server.connect() as client:
-        client.send("/block?30")
+        client.send("/hold?never")
         wait_for(lambda: server.lines("WORKER TIMEOUT"), "the timeout")
         for _ in range(20):
             server.get("/pid")

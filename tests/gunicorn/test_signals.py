@@ -60,6 +60,7 @@ def test_the_users_hooks_are_still_called_also_after_hup(start):
     assert len(server.lines("user hook on_exit")) == 1
 
 
+@pytest.mark.ebpf
 def test_hup_with_another_address(launch):
     ports = [free_port(), free_port()]
     server = launch(bind=[], conf=f"bind = '127.0.0.1:{ports[0]}'\n")
@@ -165,6 +166,7 @@ def new_master(pidfile: Path) -> psutil.Process:
 
 
 @pytest.mark.parametrize("mode", ["kernel dispatch", "shared mode"])
+@pytest.mark.ebpf
 def test_usr2_hands_the_port_over(start, tmp_path, mode):
     pidfile = tmp_path / "pid"
     server = start("--pid", str(pidfile))
@@ -188,6 +190,7 @@ def test_usr2_hands_the_port_over(start, tmp_path, mode):
     assert (sum(row["dispatched"] for row in rows[1:]) >= 20) == (mode == "kernel dispatch")
 
 
+@pytest.mark.ebpf
 def test_usr2_loses_nothing_that_waits_for_a_worker_that_is_gone(start, tmp_path):
     pidfile = tmp_path / "pid"
     server = start("--pid", str(pidfile), workers=1)
@@ -245,6 +248,8 @@ def exists(kind: str, number: str) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.ebpf
+@pytest.mark.bpftool
 def test_an_arbiter_that_is_gone_leaves_nothing_behind(start, number):
     server = start()
     workers, objects = server.worker_pids(), kernel_objects(server.process.pid)

@@ -6,7 +6,7 @@ import os
 import subprocess
 
 import pytest
-from gunicorn_server import GUNICORN, Client, as_nobody, free_port, under_load
+from gunicorn_server import GUNICORN, Client, as_nobody, free_port, under_load, unprivileged
 
 NO_HOOK = {"HERMES_GUNICORN_HOOK": "0"}
 FORMS = ["hermes", "hermes_gunicorn.HermesWorker", "egg:hermes-gunicorn#hermes"]
@@ -25,6 +25,7 @@ def one_line_error(server, *words: str) -> str:
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("place", ["flag", "file"])
+@pytest.mark.ebpf
 def test_each_form_of_the_name(start, name, place):
     if place == "flag":
         server = start(worker_class=name)
@@ -38,11 +39,13 @@ def test_each_form_of_the_name(start, name, place):
 
 
 @pytest.mark.parametrize("name", FORMS[1:])
+@pytest.mark.ebpf
 def test_two_forms_need_no_hook(start, name):
     server = start(worker_class=name, environ=NO_HOOK)
     assert server.lines("hermes: kernel dispatch")
 
 
+@pytest.mark.ebpf
 def test_without_the_hook_an_import_in_the_file_does(start):
     conf = "import hermes_gunicorn\nworker_class = 'hermes'\nhermes_hang_threshold = 0.125\n"
     server = start(worker_class=None, conf=conf, environ=NO_HOOK)
@@ -55,6 +58,8 @@ def test_a_bad_value_is_found_without_the_hook_as_well(launch):
     one_line_error(server, "hermes_hang_threshold must be 0 (off) or 0.001 to 3600 seconds")
 
 
+@pytest.mark.ebpf
+@pytest.mark.bcc
 def test_flags_win_over_the_file(start):
     conf = "hermes_hang_threshold = 0.5\nhermes_loader = 'bcc'\n"
     server = start("--hermes-hang-threshold", "0.25", conf=conf)
@@ -104,6 +109,7 @@ def test_the_settings_are_shown(tmp_path):
         assert flag in text
 
 
+@pytest.mark.ebpf
 def test_all_tcp_addresses_are_dispatched_to(launch):
     ports = [free_port(), free_port("::1"), free_port()]
     addresses = [f"127.0.0.1:{ports[0]}", f"[::1]:{ports[1]}", f"127.0.0.1:{ports[2]}"]
@@ -120,6 +126,7 @@ def test_all_tcp_addresses_are_dispatched_to(launch):
     assert sum(row["dispatched"] for row in server.table()["rows"]) - before == 31
 
 
+@pytest.mark.ebpf
 def test_a_unix_socket_is_served_in_shared_mode(launch, tmp_path):
     path = tmp_path / "sock"
     port = free_port()
@@ -160,6 +167,7 @@ def test_shared_mode_on_demand(start):
     assert all(row["dispatched"] == 0 for row in server.table()["rows"])
 
 
+@pytest.mark.ebpf
 def test_kernel_mode_warns_where_it_is_not_to_be_had(launch, tmp_path):
     server = launch("--hermes-mode", "kernel", unix=True)
     server.wait_ready()
@@ -176,7 +184,7 @@ def test_strict_refuses_a_unix_socket_and_leaves_nothing(launch, tmp_path):
 
 
 def test_without_privilege_it_starts_and_says_what_would_help(start):
-    server = start(prefix=as_nobody())
+    server = start(prefix=unprivileged())
     (warning,) = server.lines("WARNING", "hermes:")
     assert "no permission to use eBPF" in warning
     assert "CAP_BPF" in warning
@@ -185,14 +193,18 @@ def test_without_privilege_it_starts_and_says_what_would_help(start):
 
 
 def test_strict_refuses_to_start_without_privilege(launch):
-    one_line_error(launch("--hermes-strict", prefix=as_nobody()), "CAP_BPF", "hermes_strict")
+    one_line_error(launch("--hermes-strict", prefix=unprivileged()), "CAP_BPF", "hermes_strict")
 
 
+@pytest.mark.ebpf
+@pytest.mark.root
 def test_cap_bpf_is_all_it_takes(start, loader):
     server = start("--hermes-strict", *loader, prefix=as_nobody("+bpf"))
     assert server.lines("hermes: kernel dispatch")
 
 
+@pytest.mark.ebpf
+@pytest.mark.root
 def test_workers_may_run_as_another_user(start):
     # Imported by the arbiter: the interpreter may lie where nobody can read it.
     conf = "import hashlib, random, json\n"

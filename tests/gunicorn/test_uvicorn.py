@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import re
 import signal
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from gunicorn_server import as_nobody, under_load, wait_for
+from gunicorn_server import under_load, unprivileged, wait_for
 
 DOCS = Path(__file__).parents[2] / "docs" / "workers.md"
 
 
-@pytest.fixture(params=["kernel", "shared"])
+@pytest.fixture(params=[pytest.param("kernel", marks=pytest.mark.ebpf), "shared"])
 def serve(request: pytest.FixtureRequest, launch):
     """Start a server with the documented class."""
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
 
     def serve(threshold="0.2", **options):
         if request.param == "shared":
-            options |= {"prefix": as_nobody(), "unix": True}
+            options |= {"prefix": unprivileged(), "unix": True}
         conf = f"{code}\nworker_class = HermesUvicornWorker\n"
         server = launch(
             *("--hermes-hang-threshold", threshold, "--hermes-rescue-after", threshold),
@@ -35,13 +33,14 @@ def serve(request: pytest.FixtureRequest, launch):
 
 
 def test_kept_alive_connections_are_spread_evenly(serve):
-    server = serve("1", workers=4)  # other tests use the cores as well
+    server = serve("60", workers=4)  # other tests use the cores as well
+    server.settle(0)
     pids: Counter[bytes] = Counter()
     with contextlib.ExitStack() as stack:
-        for _ in range(32):
+        for opened in range(32):
             client = stack.enter_context(server.connect())
             pids[client.get("/pid")] += 1
-            time.sleep(random.expovariate(50))
+            server.settle(opened + 1)
     assert len(pids) == 4
     assert max(pids.values()) - min(pids.values()) <= 2
     wait_for(
@@ -52,12 +51,13 @@ def test_kept_alive_connections_are_spread_evenly(serve):
 def test_nothing_waits_for_a_worker_that_blocks(serve):
     server = serve(workers=3)
     with server.connect() as client, contextlib.ExitStack() as stack:
-        client.send("/block?2")
-        wait_for(lambda: list(server.folder.glob("blocked-*")), "the block")
+        client.send("/hold?end")
+        (blocked,) = wait_for(lambda: server.held("end"), "the block")
         # Kept open, so that in shared mode the next one finds the other worker with fewer.
         others = [stack.enter_context(server.connect()) for _ in range(40)]
         pids = {int(other.get("/pid")) for other in others}
-        blocked = int(client.receive()[1])
+        server.release("end")
+        assert client.receive()[0] == 200
     assert pids == server.worker_pids() - {blocked}
 
 
@@ -75,6 +75,6 @@ def test_signals_under_load_lose_nothing(serve, number: signal.Signals):
         old = server.worker_pids()
         server.signal(number)
         if number == signal.SIGHUP:
-            wait_for(lambda: not old & server.worker_pids(), "new workers", 30)
+            wait_for(lambda: not old & server.worker_pids(), "new workers")
         server.wait_ready(3 if number == signal.SIGTTIN else 2)
     assert not failures

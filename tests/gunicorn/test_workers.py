@@ -40,7 +40,8 @@ def configurations() -> Iterator[Any]:
         if worker_class == "hermes_asgi" and not HAS_ASGI:
             continue
         for mode in [*MODES, "shared-nginx"] if name == "hermes_gthread" else MODES:
-            yield pytest.param((name, mode), id=f"{name}-{mode}")
+            needs = {"kernel": [pytest.mark.ebpf], "shared-nginx": [pytest.mark.nginx]}
+            yield pytest.param((name, mode), id=f"{name}-{mode}", marks=needs.get(mode, []))
 
 
 def only(*names: str, modes: Sequence[str] = MODES) -> Any:

@@ -32,6 +32,7 @@ def open_fds() -> int:
 @pytest.mark.parametrize(
     "layout", [CONTROL, GROUP, WORKER, BIND, ALLOWED], ids=lambda layout: layout.name
 )
+@pytest.mark.bpftool
 def test_the_python_layout_is_that_of_the_objects_btf(layout):
     path = loaders.bpf_directory() / "hermes.bpf.o"
     dump = subprocess.run(
@@ -63,6 +64,7 @@ def test_the_verifier_passes_it_with_and_without_migration(kernel: KernelTable, 
             map.close()
 
 
+@pytest.mark.ebpf
 def test_a_program_the_verifier_refuses_is_refused_with_its_words():
     program = Program("broken", bytes.fromhex("9500000000000000"), [], b"GPL", "test")
     with pytest.raises(BpfError, match=r"R0 !read_ok|processed") as caught:
@@ -143,6 +145,8 @@ print(syscall.load_program(program, kernel.maps() | kernel.bind_maps())[1])
 """
 
 
+@pytest.mark.ebpf
+@pytest.mark.root
 def test_cap_bpf_alone_satisfies_the_verifier(loader: str):
     """Without CAP_PERFMON it is stricter: no speculation, no computed addresses."""
     program, _ = loaders.load(loader)
@@ -156,6 +160,8 @@ def test_cap_bpf_alone_satisfies_the_verifier(loader: str):
     assert run.stdout.strip() == b"True", run.stderr.decode()[-2000:]
 
 
+@pytest.mark.ebpf
+@pytest.mark.root
 def test_without_privilege_the_reason_and_the_remedy_are_named():
     run = subprocess.run(
         [sys.executable, "-c", NOBODY], capture_output=True, text=True, timeout=30, check=False
