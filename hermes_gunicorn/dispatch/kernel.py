@@ -15,10 +15,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import socket
+import sys
 import time
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from hermes_gunicorn import loader
@@ -43,8 +42,9 @@ if TYPE_CHECKING:
 
 __all__ = ["KernelDispatcher", "KernelTable"]
 
-_FREED_WITHIN = 100  # hundredths of a second
+_FREED_WITHIN = 1.0  # seconds
 _SO_REUSEPORT = getattr(socket, "SO_REUSEPORT", 15)
+_SO_COOKIE = getattr(socket, "SO_COOKIE", 57)
 _PRIVILEGE = (
     "run it with CAP_BPF (systemd: AmbientCapabilities=CAP_BPF; docker: --cap-add BPF;"
     " before Linux 5.8: CAP_SYS_ADMIN; before 5.11 also LimitMEMLOCK=infinity)"
@@ -189,8 +189,7 @@ class KernelDispatcher:
         sock = self._shared.sock
         sock.setsockopt(socket.SOL_SOCKET, _SO_REUSEPORT, 1)
         self._listeners[SHARED_SLOT + 1] = self._open_sibling()
-        self._array.update(SHARED_SLOT, sock.fileno())
-        syscall.attach_reuseport(sock, self.program_fd)
+        self.take_over()
 
     def _open_sibling(self) -> BaseSocket:
         """Bind one more listener to the address, as gunicorn's own is bound."""
@@ -219,21 +218,21 @@ class KernelDispatcher:
         shared = self._shared
         listener = type(shared)(address, shared.conf, shared.log, fd=sibling.detach())
         listener.sock.set_inheritable(False)  # not across USR2's exec; forks have it anyway
-        if listener.fileno() > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
-            # The other half is for gunicorn, which ends when it cannot open a file.
-            listener.close()
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return listener
 
     def fds(self) -> list[int]:
         """Return the descriptors of the bind's parts, for another process to map."""
         return [map.fd for map in self._maps if map is not self._array]
 
-    def open_slot(self, slot: int) -> BaseSocket:
-        """Return the slot's listener, opened if need be, and dispatch to it."""
-        listener = self._listeners.get(slot)
-        if listener is None:
-            listener = self._listeners[slot] = self._open_sibling()
+    def open_slot(self, slot: int, files: int = sys.maxsize) -> BaseSocket:
+        """Return the slot's listener, opened if need be, and dispatch to it.
+
+        Args:
+            slot: a slot that gets an owner.
+            files: as for ``reserve``.
+        """
+        self.reserve(slot, files)
+        listener = self._listeners[slot]
         self._array.update(slot, listener.fileno())
         return listener
 
@@ -247,15 +246,24 @@ class KernelDispatcher:
         listener = self._listeners.get(slot)
         return waiting(listener) if listener else 0
 
-    def reserve(self, slots: Iterable[int]) -> None:
-        """Open the slots' listeners now, so that workers forked from here on have them.
+    def reserve(self, slot: int, files: int) -> None:
+        """Open the slot's listener, so that workers forked from here on have it.
+
+        Args:
+            slot: any slot.
+            files: how many files may be open then; the rest is for gunicorn, which ends when
+                it cannot open one.
 
         Raises:
             OSError: no more files can be opened.
         """
-        for slot in slots:
-            if slot not in self._listeners:
-                self._listeners[slot] = self._open_sibling()
+        if slot in self._listeners:
+            return
+        listener = self._open_sibling()
+        if listener.fileno() >= files:
+            listener.close()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        self._listeners[slot] = listener
 
     def listeners(self) -> dict[int, BaseSocket]:
         """Return the listeners that are open, by slot."""
@@ -279,26 +287,58 @@ class KernelDispatcher:
         """
         self.close_slot(SHARED_SLOT)
 
-    def take_back(self) -> None:
-        """Put our program in the place of that of an arbiter which is gone.
+    def take_over(self) -> None:
+        """Attach, and wait until the shared listener can be in our socket array.
+
+        A program that was attached before lives on for a grace period or two, and with it
+        its array. It may be that of an arbiter which is gone: a socket that systemd holds
+        keeps its group, program and array from start to start. Where something else holds
+        that array as well (another server, a child that an arbiter has forked), it lives
+        longer; then ``attach``, called again, puts the listener in when it can.
 
         Raises:
             OSError: the kernel refuses.
         """
+        deadline = time.monotonic() + _FREED_WITHIN
+        while not self.attach() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def attach(self) -> bool:
+        """Make our program that of the group, whatever is attached to it; any number of times.
+
+        Whoever has a listener, as all workers do, can detach the program or attach another.
+        The kernel does not tell which one is attached, so this costs a system call or two
+        instead. Connections on their way do not notice, and our own program is not freed in
+        between, as we hold it (not so a classic one: see docs/architecture.md).
+
+        Returns:
+            Whether the shared listener is in our socket array. A socket can be in one only.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        if self.program_fd < 0:
+            return True  # gunicorn has closed the address
         sock = self._shared.sock
-        syscall.attach_reuseport(sock, self.program_fd)
-        # The kernel frees the other's array, in which the shared listener still is, only
-        # after a grace period or two.
-        for _ in range(_FREED_WITHIN):
+        try:
+            syscall.attach_reuseport(sock, self.program_fd)
+        except PermissionError:
+            # A worker has set SO_LOCK_FILTER, which nobody can undo. Any member will do.
+            member = self._open_sibling()
             try:
-                self._array.update(SHARED_SLOT, sock.fileno())
-            except OSError as error:
-                if error.errno != errno.EBUSY:
-                    raise
-                time.sleep(0.01)
-            else:
-                return
-        self._array.update(SHARED_SLOT, sock.fileno())
+                syscall.attach_reuseport(member.sock, self.program_fd)
+            finally:
+                member.close()
+        # hand_over() has changed the array in another process: ask the array.
+        if self._array.lookup(SHARED_SLOT) == sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8):
+            return True
+        try:
+            self._array.update(SHARED_SLOT, sock.fileno())
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        return True
 
     def close(self) -> None:
         """Give up the siblings, the program and the maps."""
