@@ -11,8 +11,10 @@ run before the user's own, which are still called:
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
+import os
 import resource
 import signal
 import zlib
@@ -183,7 +185,7 @@ class Coordinator:
         lifecycle.after_failed_upgrade(server, self.take_back)
         self._monitor = Monitor(server.pid, server.log, self._shown)
         self._statsd = Reporter(self.table)
-        lifecycle.at_turn(server, self._keep_dispatching)
+        self._keep = lifecycle.at_turn(server, self._keep_dispatching)
         lifecycle.at_turn(server, self._report_metrics)
 
     def prepare(self, strict: bool = False) -> None:
@@ -194,8 +196,9 @@ class Coordinator:
         """
         reconfigured = self._configure()
         self._dispatch(strict, reconfigured)
-        self._keep_dispatching()
-        self._reserve()
+        self._keep()
+        if self.dispatchers:
+            self._reserve()
 
     def _dispatch(self, strict: bool, reconfigured: bool) -> None:
         if self._listeners == self.server.LISTENERS:
@@ -252,12 +255,11 @@ class Coordinator:
                 for slot in slots:
                     for dispatcher in self.dispatchers.values():
                         dispatcher.reserve(slot, files)
-        except OSError as error:
+        except (OSError, Unsupported) as error:
             if not self._lacks_files:
                 self.server.log.warning(
-                    "hermes: cannot open listeners in advance: %s; rescue is limited. Allow more"
-                    " open files (ulimit -n, systemd: LimitNOFILE=)",
-                    error.strerror,
+                    "hermes: cannot open listeners in advance: %s; rescue is limited. %s",
+                    *_listener_error(error),
                 )
             self._lacks_files = True
         else:
@@ -403,12 +405,12 @@ class Coordinator:
                     if slot not in dispatcher.listeners():
                         self._reserved_for = (0, 0)  # it came otherwise than was worked out
                     own[listener] = dispatcher.open_slot(slot, self._files(spare=False))
-            except OSError as error:
+            except (OSError, Unsupported) as error:
                 self.server.log.warning(
                     "hermes: no listener for slot %d: %s; the worker serves only what no other"
-                    " can. Allow more open files (ulimit -n, systemd: LimitNOFILE=)",
+                    " can. %s",
                     slot,
-                    error.strerror,
+                    *_listener_error(error),
                 )
         self._describe_binds()
         # Behind a slot's own listeners all that workers share, to be used as well.
@@ -477,7 +479,7 @@ class Coordinator:
         for listener, dispatcher in self.dispatchers.items():
             try:
                 complete = dispatcher.attach()
-            except OSError as error:
+            except (OSError, Unsupported) as error:
                 if listener not in self._incomplete:
                     self.server.log.warning(
                         "hermes: cannot attach the eBPF program to %s: %s; if it is not attached,"
@@ -497,17 +499,16 @@ class Coordinator:
             (self._incomplete.discard if complete else self._incomplete.add)(listener)
 
     def _rescue_strays(self) -> None:
-        """Have workers take what waits on listeners that no worker owns.
+        """Have workers take what waits where our program did not send it.
 
-        Our program sends nothing there. The kernel's hash does, so this is also how it shows
-        that our program was not attached.
+        Most of it waits on listeners of no worker. Our program sends nothing there, but the
+        kernel's hash does, so this is also how it shows that our program was not attached.
         """
-        now, strays = monotonic(), 0
-        opened = {slot for each in self.dispatchers.values() for slot in each.listeners()}
-        for slot in opened - self._slots.owned().keys():
+        now, strays, owned = monotonic(), 0, self._slots.owned()
+        for slot in {slot for each in self.dispatchers.values() for slot in each.listeners()}:
             unbooked = self.table.book(slot, self._waiting(slot))
             # What was sent to an owner that has left may complete its handshake only now.
-            if now - self._left.get(slot, -_HANDSHAKE) >= _HANDSHAKE:
+            if slot not in owned and now - self._left.get(slot, -_HANDSHAKE) >= _HANDSHAKE:
                 strays += unbooked
         # Nor is it news where the program itself left the choice to the hash.
         counters = [each.bind.counters() for each in self.dispatchers.values()]
@@ -533,6 +534,15 @@ class Coordinator:
         for owner in self._slots.owned().values():
             if id(owner) not in alive:
                 self.release(owner)
+
+
+def _listener_error(error: OSError | Unsupported) -> tuple[str, str]:
+    """Say why a listener could not be opened, and what would help."""
+    if isinstance(error, Unsupported):
+        return error.reason, error.remedy
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return os.strerror(error.errno), "Allow more open files (ulimit -n, systemd: LimitNOFILE=)"
+    return str(error), "Trying again for the next worker"
 
 
 def _coordinator(server: Arbiter) -> Coordinator:

@@ -42,20 +42,27 @@ def after_setup(server: Arbiter, call: Callable[[], None]) -> None:
     server.setup = setup_and_call
 
 
-def at_turn(server: Arbiter, call: Callable[[], None]) -> None:
+def at_turn(server: Arbiter, call: Callable[[], None]) -> Callable[[], None]:
     """Have something called about once a second for as long as the arbiter has listeners.
 
     Its loop turns every second, but not in a reload: there it waits for the old workers, up to
     ``graceful_timeout``, and only reaps them.
+
+    Returns:
+        A function that calls it at once; an error is logged, and no more until it works again.
     """
     works, due = True, 0.0
 
     def call_if_due() -> None:
-        nonlocal works, due
+        nonlocal due
         # A child gets here by a signal that comes before it has its own handlers.
         if time.monotonic() < due or not server.LISTENERS or os.getpid() != server.pid:
             return
         due = time.monotonic() + _AT_LEAST
+        call_safely()
+
+    def call_safely() -> None:
+        nonlocal works
         try:
             call()
             works = True
@@ -74,6 +81,7 @@ def at_turn(server: Arbiter, call: Callable[[], None]) -> None:
     name = call.__name__
     server.murder_workers = then_call(server.murder_workers)
     server.reap_workers = then_call(server.reap_workers)
+    return call_safely
 
 
 def keep_configuration(server: Arbiter) -> None:

@@ -466,10 +466,13 @@ class Table:
         self.book(slot, waiting)
 
     def book(self, slot: int, waiting: int) -> int:
-        """Have workers rescue what waits on a slot without an owner, whoever sent it there.
+        """Have workers rescue what waits on a slot and was not sent there by the program.
+
+        To be called by the arbiter alone. A living owner goes on with its own count, which
+        its next store puts here again; one that hangs does not store.
 
         Args:
-            slot: the slot; the arbiter writes its row, as nobody else does.
+            slot: the slot.
             waiting: connections that wait on its listeners.
 
         Returns:

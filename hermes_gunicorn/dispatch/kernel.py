@@ -184,12 +184,16 @@ class KernelDispatcher:
 
         A listener that was bound alone has no group until a sibling listens, and
         until then attaching answers EINVAL. For the moment between the two, the
-        kernel hashes over both; the sibling belongs to the first worker to be.
+        kernel hashes over both; the sibling belongs to the first worker to be. It is
+        also what the program sends everything to as long as gunicorn's own listener is
+        in another's array.
         """
-        sock = self._shared.sock
-        sock.setsockopt(socket.SOL_SOCKET, _SO_REUSEPORT, 1)
-        self._listeners[SHARED_SLOT + 1] = self._open_sibling()
-        self.take_over()
+        first = SHARED_SLOT + 1
+        self._shared.sock.setsockopt(socket.SOL_SOCKET, _SO_REUSEPORT, 1)
+        self._listeners[first] = self._open_sibling()
+        self._fill(first, self._listeners[first])
+        if self.take_over():
+            self.close_slot(first)
 
     def _open_sibling(self) -> BaseSocket:
         """Bind one more listener to the address, as gunicorn's own is bound."""
@@ -233,8 +237,19 @@ class KernelDispatcher:
         """
         self.reserve(slot, files)
         listener = self._listeners[slot]
-        self._array.update(slot, listener.fileno())
+        self._fill(slot, listener)
         return listener
+
+    def _fill(self, slot: int, listener: BaseSocket) -> None:
+        """Put a listener into the socket array, unless it is there.
+
+        Raises:
+            OSError: EBUSY when it is in another array, or anything else.
+        """
+        cookie = listener.sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+        # hand_over() has changed the array in another process: ask the array.
+        if self._array.lookup(slot) != cookie:
+            self._array.update(slot, listener.fileno())
 
     def close_slot(self, slot: int) -> None:
         """Stop dispatching to the slot; its listener keeps what waits there."""
@@ -287,7 +302,7 @@ class KernelDispatcher:
         """
         self.close_slot(SHARED_SLOT)
 
-    def take_over(self) -> None:
+    def take_over(self) -> bool:
         """Attach, and wait until the shared listener can be in our socket array.
 
         A program that was attached before lives on for a grace period or two, and with it
@@ -296,12 +311,16 @@ class KernelDispatcher:
         that array as well (another server, a child that an arbiter has forked), it lives
         longer; then ``attach``, called again, puts the listener in when it can.
 
+        Returns:
+            As for ``attach``.
+
         Raises:
             OSError: the kernel refuses.
         """
         deadline = time.monotonic() + _FREED_WITHIN
-        while not self.attach() and time.monotonic() < deadline:
+        while not (complete := self.attach()) and time.monotonic() < deadline:
             time.sleep(0.01)
+        return complete
 
     def attach(self) -> bool:
         """Make our program that of the group, whatever is attached to it; any number of times.
@@ -316,12 +335,12 @@ class KernelDispatcher:
 
         Raises:
             OSError: the kernel refuses.
+            Unsupported: where another member is needed, and cannot be had.
         """
         if self.program_fd < 0:
             return True  # gunicorn has closed the address
-        sock = self._shared.sock
         try:
-            syscall.attach_reuseport(sock, self.program_fd)
+            syscall.attach_reuseport(self._shared.sock, self.program_fd)
         except PermissionError:
             # A worker has set SO_LOCK_FILTER, which nobody can undo. Any member will do.
             member = self._open_sibling()
@@ -329,11 +348,8 @@ class KernelDispatcher:
                 syscall.attach_reuseport(member.sock, self.program_fd)
             finally:
                 member.close()
-        # hand_over() has changed the array in another process: ask the array.
-        if self._array.lookup(SHARED_SLOT) == sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8):
-            return True
         try:
-            self._array.update(SHARED_SLOT, sock.fileno())
+            self._fill(SHARED_SLOT, self._shared)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise

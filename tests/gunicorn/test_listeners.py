@@ -321,7 +321,7 @@ def get_many(server: Server, count: int) -> list[str]:
     return failures
 
 
-@pytest.mark.parametrize("then", ["turn", "fork", "reload"])
+@pytest.mark.parametrize("then", ["turn", "fork", "reload", "freeze"])
 @pytest.mark.parametrize("attack", ["detach", "replace"])
 def test_when_a_worker_takes_the_program_away_requests_are_answered(start, attack, then):
     conf = ATTACKS + "workers = 2\n"
@@ -335,8 +335,13 @@ def test_when_a_worker_takes_the_program_away_requests_are_answered(start, attac
             psutil.Process(attacker).kill()
         elif then == "reload":
             server.signal(signal.SIGHUP)
+        elif then == "freeze":  # and what the hash sends there waits until it is rescued
+            psutil.Process(attacker).suspend()
         assert get_many(server, 20) == []
-        wait_for(lambda a=attacker: then == "turn" or a not in server.worker_pids(), "its end")
+        if then == "freeze":
+            psutil.Process(attacker).resume()
+        elif then != "turn":
+            wait_for(lambda a=attacker: a not in server.worker_pids(), "its end")
         server.wait_ready()
         wait_for(lambda: dispatches(server), "dispatch by the kernel")
     if then == "turn":

@@ -133,7 +133,10 @@ def test_while_another_server_has_the_shared_listener_its_workers_are_dispatched
     other = KernelDispatcher(others := given(held), kernel)
     dispatcher = KernelDispatcher(shared := given(held), kernel)
     assert not dispatcher.attach()
+    with socket.create_connection(held.getsockname(), 5):
+        assert dispatcher.waiting(1) == 1  # for the first worker, not left to a hash
     listener = dispatcher.open_slot(1)
+    listener.accept()[0].close()
     kernel.table.slots = 2
     kernel.table.claim(1)
     for state in (READY, FREE):  # healthy, or nobody is and somebody is better than a hash
