@@ -506,7 +506,9 @@ class Coordinator:
         """
         now, strays, owned = monotonic(), 0, self._slots.owned()
         for slot in {slot for each in self.dispatchers.values() for slot in each.listeners()}:
-            unbooked = self.table.book(slot, self._waiting(slot))
+            if not (waiting := self._waiting(slot)):
+                continue
+            unbooked = self.table.book(slot, waiting)
             # What was sent to an owner that has left may complete its handshake only now.
             if slot not in owned and now - self._left.get(slot, -_HANDSHAKE) >= _HANDSHAKE:
                 strays += unbooked
