@@ -11,11 +11,15 @@ run before the user's own, which are still called:
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
+import os
+import resource
 import signal
 import zlib
 from collections.abc import Callable
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import gunicorn
@@ -52,6 +56,9 @@ __all__ = ["Assignment", "Coordinator", "install"]
 _MIN_ROWS = 256  # 32 KiB; enough for HUP, which doubles the workers, and many a TTIN
 _ROWS_PER_WORKER = 4
 _SPARE = 2  # listeners opened in advance beyond those that HUP needs
+_GUNICORN_FILES = 16  # that it may open at any time: logs, pid file, control socket
+_HANDSHAKE = 130.0  # seconds for which the kernel waits for its end at most, by default
+_REMIND = 60.0  # seconds between log lines about the same thing
 _STOP = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
 
 
@@ -73,12 +80,14 @@ class Assignment:
         exclusive: list[bool],
         contested: list[bool],
         binds: list[Bind],
+        indexes: dict[BaseSocket, int],
     ) -> None:
         self.slot = slot
         self.exclusive = exclusive
         self.contested = contested
         self.binds = binds
         self._coordinator = coordinator
+        self._indexes = indexes  # in worker.sockets, by gunicorn's listener for the address
 
     def serves(self, index: int) -> bool:
         """In the worker: whether to accept from ``worker.sockets[index]`` now."""
@@ -98,14 +107,15 @@ class Assignment:
     def siblings(self) -> dict[int, list[tuple[int, BaseSocket]]]:
         """In the worker: the other slots' listeners.
 
-        Each with the index of its address's own listener in ``worker.sockets``.
+        Each with the index of its address's own listener in ``worker.sockets``, or of the one
+        that all share where there is no own one.
         """
         result: dict[int, list[tuple[int, BaseSocket]]] = {}
         if self.slot is not None and any(self.exclusive):
-            for index, dispatcher in enumerate(self._coordinator.dispatchers.values()):
+            for shared, dispatcher in self._coordinator.dispatchers.items():
                 for slot, listener in dispatcher.listeners().items():
                     if slot != self.slot:
-                        result.setdefault(slot, []).append((index, listener))
+                        result.setdefault(slot, []).append((self._indexes[shared], listener))
         return result
 
     def leave_siblings(self) -> None:
@@ -141,6 +151,13 @@ class Coordinator:
         self._bind_memory: dict[BaseSocket, list[Memory]] = {}
         self._reasons: dict[BaseSocket, str] = {}
         self._listeners: list[BaseSocket] = []
+        self._lacks_files = False
+        self._incomplete: set[BaseSocket] = set()
+        self._reserved_for = (0, 0)  # workers, locality groups
+        self._to_reserve: tuple[list[int], list[int]] = ([], [])
+        self._left: dict[int, float] = {}  # when a slot's last owner did
+        self._hashed = 0
+        self._told_of_strays = -_REMIND
         self._configured: Config | None = None
         self._kernel: KernelTable | Unsupported
         wanted = max(
@@ -168,15 +185,22 @@ class Coordinator:
         lifecycle.after_failed_upgrade(server, self.take_back)
         self._monitor = Monitor(server.pid, server.log, self._shown)
         self._statsd = Reporter(self.table)
+        self._keep = lifecycle.at_turn(server, self._keep_dispatching)
         lifecycle.at_turn(server, self._report_metrics)
 
     def prepare(self, strict: bool = False) -> None:
-        """Make the dispatchers fit the arbiter's listeners and settings.
+        """Make the dispatchers fit the arbiter's listeners, its settings and its workers.
 
         Raises:
             StrictError: ``strict``, and a listener cannot be dispatched to.
         """
         reconfigured = self._configure()
+        self._dispatch(strict, reconfigured)
+        self._keep()
+        if self.dispatchers:
+            self._reserve()
+
+    def _dispatch(self, strict: bool, reconfigured: bool) -> None:
         if self._listeners == self.server.LISTENERS:
             if reconfigured:
                 self._monitor.update()
@@ -206,27 +230,51 @@ class Coordinator:
         for gone in self._bind_memory.keys() - self.binds.keys():
             for each in self._bind_memory.pop(gone):
                 each.close()
-        self._reserve()
         self._report()
         self._monitor.update()
 
     def _reserve(self) -> None:
-        """Open the listeners of the workers to come, twice as many as are wanted.
+        """Open the listeners of the workers to come, so that there are twice as many as workers.
 
         Workers have the listeners that exist when they are forked; what waits on others
-        they cannot rescue. HUP doubles the workers for a while.
+        they cannot rescue. HUP doubles the workers for a while. So before each fork, as the
+        number of workers may have changed.
+
+        First those of the workers that are wanted now, at every address; then spare ones.
         """
-        workers = self.server.num_workers
-        slots = self._slots.preview(2 * workers + _SPARE, workers, self.table.localities)
+        wanted = (self.server.num_workers, self.table.localities)
+        if self._reserved_for != wanted:  # it is much to work out at each fork
+            workers, owned = self.server.num_workers, len(self._slots.owned())
+            present = max(workers - owned, 0)
+            count = max(2 * workers + _SPARE - owned, present)
+            slots = self._slots.preview(count, *wanted)
+            self._reserved_for, self._to_reserve = wanted, (slots[:present], slots[present:])
         try:
-            for dispatcher in self.dispatchers.values():
-                dispatcher.reserve(slots)
-        except OSError as error:
-            self.server.log.warning(
-                "hermes: cannot open listeners in advance: %s; rescue is limited. Allow more open"
-                " files (ulimit -n, systemd: LimitNOFILE=)",
-                error.strerror,
-            )
+            for slots, spare in zip(self._to_reserve, (False, True), strict=True):
+                files = self._files(spare)
+                for slot in slots:
+                    for dispatcher in self.dispatchers.values():
+                        dispatcher.reserve(slot, files)
+        except (OSError, Unsupported) as error:
+            if not self._lacks_files:
+                self.server.log.warning(
+                    "hermes: cannot open listeners in advance: %s; rescue is limited. %s",
+                    *_listener_error(error),
+                )
+            self._lacks_files = True
+        else:
+            self._lacks_files = False
+
+    def _files(self, spare: bool) -> int:
+        """Return how many files may be open once there is one more listener.
+
+        gunicorn ends when it cannot open a file, and needs one for each worker; after HUP
+        there are twice as many. Spare listeners leave half of the files, to workers too.
+        """
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        to_come: int = max(2 * self.server.num_workers - len(self.server.WORKERS), 0)
+        files = limit - to_come - _GUNICORN_FILES
+        return min(files, limit // 2) if spare else files
 
     def _configure(self) -> bool:
         """Publish the settings, once for each configuration; a running server may be tuned."""
@@ -354,24 +402,28 @@ class Coordinator:
             self.table.claim(slot, self._waiting(slot))
             try:
                 for listener, dispatcher in self.dispatchers.items():
-                    own[listener] = dispatcher.open_slot(slot)
-            except OSError as error:
+                    if slot not in dispatcher.listeners():
+                        self._reserved_for = (0, 0)  # it came otherwise than was worked out
+                    own[listener] = dispatcher.open_slot(slot, self._files(spare=False))
+            except (OSError, Unsupported) as error:
                 self.server.log.warning(
                     "hermes: no listener for slot %d: %s; the worker serves only what no other"
-                    " can. Allow more open files (ulimit -n, systemd: LimitNOFILE=)",
+                    " can. %s",
                     slot,
-                    error.strerror,
+                    *_listener_error(error),
                 )
         self._describe_binds()
         # Behind a slot's own listeners all that workers share, to be used as well.
         shared = self._listeners
         worker.sockets = [*own.values(), *shared]
+        addresses = [*own, *shared]
         return Assignment(
             self,
             slot,
             exclusive=[True] * len(own) + [False] * len(shared),
             contested=[False] * len(own) + [sock not in self.dispatchers for sock in shared],
-            binds=[self.binds[listener] for listener in [*own, *shared]],
+            binds=[self.binds[listener] for listener in addresses],
+            indexes={listener: addresses.index(listener) for listener in addresses},
         )
 
     def release(self, worker: Worker) -> None:
@@ -381,7 +433,8 @@ class Coordinator:
                 self._slots.give_back(slot, self.server.num_workers)
                 for dispatcher in self.dispatchers.values():
                     dispatcher.close_slot(slot)
-                self.table.release(slot)
+                self.table.release(slot, self._waiting(slot))
+                self._left[slot] = monotonic()
                 self._describe_binds()
 
     def leave_to_arbiter(self) -> None:
@@ -404,16 +457,75 @@ class Coordinator:
         """Go on after all, as that arbiter has gone."""
         for listener, dispatcher in self.dispatchers.items():
             try:
-                dispatcher.take_back()
+                dispatcher.take_over()
             except Exception as error:
                 self.server.log.warning(
-                    "hermes: cannot take %s back: %s; its workers share one queue until the next"
-                    " start",
+                    "hermes: cannot take %s back: %s; its workers share one queue until that"
+                    " works, which is tried every second",
                     listener,
                     error,
                 )
             else:
                 self.server.log.info("hermes: kernel dispatch on %s taken back", listener)
+
+    def _keep_dispatching(self) -> None:
+        """Once a second and at each fork: see that new connections go where our program says.
+
+        Workers can detach it or attach another, as they have listeners.
+        """
+        self._rescue_strays()
+        if self.server.reexec_pid:
+            return  # the addresses are the next arbiter's
+        for listener, dispatcher in self.dispatchers.items():
+            try:
+                complete = dispatcher.attach()
+            except (OSError, Unsupported) as error:
+                if listener not in self._incomplete:
+                    self.server.log.warning(
+                        "hermes: cannot attach the eBPF program to %s: %s; if it is not attached,"
+                        " connections are spread by a hash. Trying again every second",
+                        listener,
+                        error,
+                    )
+                complete = False
+            else:
+                if not complete and listener not in self._incomplete:
+                    self.server.log.warning(
+                        "hermes: %s is in use by another server, or by a process that an earlier"
+                        " one has forked; while no worker is free, its connections wait for one"
+                        " worker instead of the first that is. Trying again every second",
+                        listener,
+                    )
+            (self._incomplete.discard if complete else self._incomplete.add)(listener)
+
+    def _rescue_strays(self) -> None:
+        """Have workers take what waits where our program did not send it.
+
+        Most of it waits on listeners of no worker. Our program sends nothing there, but the
+        kernel's hash does, so this is also how it shows that our program was not attached.
+        """
+        now, strays, owned = monotonic(), 0, self._slots.owned()
+        for slot in {slot for each in self.dispatchers.values() for slot in each.listeners()}:
+            if not (waiting := self._waiting(slot)):
+                continue
+            unbooked = self.table.book(slot, waiting)
+            # What was sent to an owner that has left may complete its handshake only now.
+            if slot not in owned and now - self._left.get(slot, -_HANDSHAKE) >= _HANDSHAKE:
+                strays += unbooked
+        # Nor is it news where the program itself left the choice to the hash.
+        counters = [each.bind.counters() for each in self.dispatchers.values()]
+        hashed = sum(each["shared_failed"] + each["no_table"] for each in counters)
+        explained, self._hashed = hashed != self._hashed, hashed
+        if strays and not explained and now - self._told_of_strays >= _REMIND:
+            self._told_of_strays = now
+            self.server.log.warning(
+                "hermes: the eBPF program was not attached to %s: %s went to listeners of no"
+                " worker; workers take what waits there, and the program is attached again."
+                " Whoever has a listener can detach it: look for code in a worker, or for"
+                " another server on the same socket, that does",
+                " or ".join(map(str, self.dispatchers)),
+                "1 connection" if strays == 1 else f"{strays} connections",
+            )
 
     def _waiting(self, slot: int) -> int:
         return sum(dispatcher.waiting(slot) for dispatcher in self.dispatchers.values())
@@ -424,6 +536,15 @@ class Coordinator:
         for owner in self._slots.owned().values():
             if id(owner) not in alive:
                 self.release(owner)
+
+
+def _listener_error(error: OSError | Unsupported) -> tuple[str, str]:
+    """Say why a listener could not be opened, and what would help."""
+    if isinstance(error, Unsupported):
+        return error.reason, error.remedy
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return os.strerror(error.errno), "Allow more open files (ulimit -n, systemd: LimitNOFILE=)"
+    return str(error), "Trying again for the next worker"
 
 
 def _coordinator(server: Arbiter) -> Coordinator:

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import copy
 import os
+import socket
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gunicorn import sock
 from gunicorn.config import Config
 
+from hermes_gunicorn.listener import address_of
+
 if TYPE_CHECKING:
     from gunicorn.arbiter import Arbiter
     from gunicorn.sock import BaseSocket
 
 __all__ = ["after_failed_upgrade", "after_setup", "at_turn", "keep_configuration"]
+
+_AT_LEAST = 0.5  # seconds between two calls
 
 
 class _Rejected(Exception):
@@ -36,22 +42,46 @@ def after_setup(server: Arbiter, call: Callable[[], None]) -> None:
     server.setup = setup_and_call
 
 
-def at_turn(server: Arbiter, call: Callable[[], None]) -> None:
-    """Have something called whenever the arbiter's loop turns: every second, or sooner."""
-    murder_workers = server.murder_workers
-    works = True
+def at_turn(server: Arbiter, call: Callable[[], None]) -> Callable[[], None]:
+    """Have something called about once a second for as long as the arbiter has listeners.
 
-    def murder_workers_and_call() -> None:
+    Its loop turns every second, but not in a reload: there it waits for the old workers, up to
+    ``graceful_timeout``, and only reaps them.
+
+    Returns:
+        A function that calls it at once; an error is logged, and no more until it works again.
+    """
+    works, due = True, 0.0
+
+    def call_if_due() -> None:
+        nonlocal due
+        # A child gets here by a signal that comes before it has its own handlers.
+        if time.monotonic() < due or not server.LISTENERS or os.getpid() != server.pid:
+            return
+        due = time.monotonic() + _AT_LEAST
+        call_safely()
+
+    def call_safely() -> None:
         nonlocal works
-        murder_workers()
-        if works:
-            try:
-                call()
-            except Exception:
-                works = False
-                server.log.exception("hermes: error in %s; it is not called again", call.__name__)
+        try:
+            call()
+            works = True
+        except Exception:
+            if works:
+                server.log.exception("hermes: error in %s; trying again every second", name)
+            works = False
 
-    server.murder_workers = murder_workers_and_call
+    def then_call(method: Callable[[], None]) -> Callable[[], None]:
+        def method_and_call() -> None:
+            method()
+            call_if_due()
+
+        return method_and_call
+
+    name = call.__name__
+    server.murder_workers = then_call(server.murder_workers)
+    server.reap_workers = then_call(server.reap_workers)
+    return call_safely
 
 
 def keep_configuration(server: Arbiter) -> None:
@@ -100,12 +130,24 @@ def keep_configuration(server: Arbiter) -> None:
 def _listeners(server: Arbiter, cfg: Config) -> list[BaseSocket] | None:
     """Return the listeners for a new configuration, with those opened that it adds.
 
-    None is to leave it to gunicorn: nothing changes, or it was given sockets.
+    None: nothing changes.
+
+    Raises:
+        ValueError: a socket is given by number, which gunicorn has closed since.
     """
-    old, new = server.cfg.address, cfg.address
-    if old == new or server.systemd or any(isinstance(each, int) for each in old + new):
+    new = cfg.address
+    if server.cfg.address == new:
         return None
-    here = dict(zip(old, server.LISTENERS, strict=True))
+    if any(isinstance(each, int) for each in new):
+        raise ValueError("bind cannot change while it contains fd://; restart the server instead")
+    # Not by position: after an upgrade the listeners are those of the old arbiter's bind, and
+    # systemd's are whatever it was told.
+    here = {
+        address: listener
+        for address in new
+        for listener in server.LISTENERS
+        if _is_bound_to(listener, address)
+    }
     added = Config(cfg.usage, cfg.prog)  # before gunicorn 24 it cannot be copied
     added.settings = cfg.settings | {"bind": copy.copy(cfg.settings["bind"])}
     binds = zip(cfg.settings["bind"].get(), new, strict=True)
@@ -114,6 +156,20 @@ def _listeners(server: Arbiter, cfg: Config) -> list[BaseSocket] | None:
         opened = sock.create_sockets(added, server.log)
         here |= dict(zip(added.address, opened, strict=True))
     return [here[address] for address in new]
+
+
+def _is_bound_to(listener: BaseSocket, address: tuple[str, int] | str) -> bool:
+    """Say whether a listener is that of a configured address, whoever opened it."""
+    name = address_of(listener)
+    if address in (name, listener.cfg_addr):
+        return True
+    if isinstance(address, str) or isinstance(name, str):
+        return False
+    try:
+        found = socket.getaddrinfo(*address, listener.family, socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return name in (sockaddr[:2] for *_, sockaddr in found)
 
 
 def after_failed_upgrade(server: Arbiter, call: Callable[[], None]) -> None:

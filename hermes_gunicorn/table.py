@@ -452,12 +452,41 @@ class Table:
         self._rows[at + _GENERATION] = (self._rows[at + _GENERATION] + 1) & _MASK
         self._rows[at + _SETTLED] = (self._rows[at + _DISPATCHED] - waiting) & _MASK
 
-    def release(self, slot: int) -> None:
-        """Give a slot back after its owner is gone."""
+    def release(self, slot: int, waiting: int = 0) -> None:
+        """Give a slot back after its owner is gone.
+
+        Args:
+            slot: the slot.
+            waiting: connections left on its listeners.
+        """
         self.set_state(slot, FREE)
         at = slot * WORKER.words
         for word in (_BUSY_SINCE, _REQUESTS, _CONNECTIONS, _FROZEN):
             self._rows[at + word] = 0
+        self.book(slot, waiting)
+
+    def book(self, slot: int, waiting: int) -> int:
+        """Have workers rescue what waits on a slot and was not sent there by the program.
+
+        To be called by the arbiter alone. A living owner goes on with its own count, which
+        its next store puts here again; one that hangs does not store.
+
+        Args:
+            slot: the slot.
+            waiting: connections that wait on its listeners.
+
+        Returns:
+            How many of them the program has not booked.
+        """
+        row = self.row(slot)
+        missing = max(waiting - row.queued, 0)
+        # Or siblings have emptied it, and it has been filled again since.
+        if missing or (waiting and row.rescued_at_ns > row.last_dispatch_ns):
+            at = slot * WORKER.words
+            self._rows[at + _LAST_DISPATCH] = monotonic_ns()
+            self._rows[at + _SETTLED] = (row.dispatched - waiting) & _MASK
+            self.slots = max(self.slots, slot + 1)
+        return missing
 
     def queues(self) -> list[int]:
         """List the workers' slots to which more connections were sent than were taken."""

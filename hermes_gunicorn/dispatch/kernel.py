@@ -15,10 +15,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import socket
+import sys
 import time
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from hermes_gunicorn import loader
@@ -43,8 +42,9 @@ if TYPE_CHECKING:
 
 __all__ = ["KernelDispatcher", "KernelTable"]
 
-_FREED_WITHIN = 100  # hundredths of a second
+_FREED_WITHIN = 1.0  # seconds
 _SO_REUSEPORT = getattr(socket, "SO_REUSEPORT", 15)
+_SO_COOKIE = getattr(socket, "SO_COOKIE", 57)
 _PRIVILEGE = (
     "run it with CAP_BPF (systemd: AmbientCapabilities=CAP_BPF; docker: --cap-add BPF;"
     " before Linux 5.8: CAP_SYS_ADMIN; before 5.11 also LimitMEMLOCK=infinity)"
@@ -184,13 +184,16 @@ class KernelDispatcher:
 
         A listener that was bound alone has no group until a sibling listens, and
         until then attaching answers EINVAL. For the moment between the two, the
-        kernel hashes over both; the sibling belongs to the first worker to be.
+        kernel hashes over both; the sibling belongs to the first worker to be. It is
+        also what the program sends everything to as long as gunicorn's own listener is
+        in another's array.
         """
-        sock = self._shared.sock
-        sock.setsockopt(socket.SOL_SOCKET, _SO_REUSEPORT, 1)
-        self._listeners[SHARED_SLOT + 1] = self._open_sibling()
-        self._array.update(SHARED_SLOT, sock.fileno())
-        syscall.attach_reuseport(sock, self.program_fd)
+        first = SHARED_SLOT + 1
+        self._shared.sock.setsockopt(socket.SOL_SOCKET, _SO_REUSEPORT, 1)
+        self._listeners[first] = self._open_sibling()
+        self._fill(first, self._listeners[first])
+        if self.take_over():
+            self.close_slot(first)
 
     def _open_sibling(self) -> BaseSocket:
         """Bind one more listener to the address, as gunicorn's own is bound."""
@@ -219,23 +222,34 @@ class KernelDispatcher:
         shared = self._shared
         listener = type(shared)(address, shared.conf, shared.log, fd=sibling.detach())
         listener.sock.set_inheritable(False)  # not across USR2's exec; forks have it anyway
-        if listener.fileno() > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
-            # The other half is for gunicorn, which ends when it cannot open a file.
-            listener.close()
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return listener
 
     def fds(self) -> list[int]:
         """Return the descriptors of the bind's parts, for another process to map."""
         return [map.fd for map in self._maps if map is not self._array]
 
-    def open_slot(self, slot: int) -> BaseSocket:
-        """Return the slot's listener, opened if need be, and dispatch to it."""
-        listener = self._listeners.get(slot)
-        if listener is None:
-            listener = self._listeners[slot] = self._open_sibling()
-        self._array.update(slot, listener.fileno())
+    def open_slot(self, slot: int, files: int = sys.maxsize) -> BaseSocket:
+        """Return the slot's listener, opened if need be, and dispatch to it.
+
+        Args:
+            slot: a slot that gets an owner.
+            files: as for ``reserve``.
+        """
+        self.reserve(slot, files)
+        listener = self._listeners[slot]
+        self._fill(slot, listener)
         return listener
+
+    def _fill(self, slot: int, listener: BaseSocket) -> None:
+        """Put a listener into the socket array, unless it is there.
+
+        Raises:
+            OSError: EBUSY when it is in another array, or anything else.
+        """
+        cookie = listener.sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+        # hand_over() has changed the array in another process: ask the array.
+        if self._array.lookup(slot) != cookie:
+            self._array.update(slot, listener.fileno())
 
     def close_slot(self, slot: int) -> None:
         """Stop dispatching to the slot; its listener keeps what waits there."""
@@ -247,15 +261,24 @@ class KernelDispatcher:
         listener = self._listeners.get(slot)
         return waiting(listener) if listener else 0
 
-    def reserve(self, slots: Iterable[int]) -> None:
-        """Open the slots' listeners now, so that workers forked from here on have them.
+    def reserve(self, slot: int, files: int) -> None:
+        """Open the slot's listener, so that workers forked from here on have it.
+
+        Args:
+            slot: any slot.
+            files: how many files may be open then; the rest is for gunicorn, which ends when
+                it cannot open one.
 
         Raises:
             OSError: no more files can be opened.
         """
-        for slot in slots:
-            if slot not in self._listeners:
-                self._listeners[slot] = self._open_sibling()
+        if slot in self._listeners:
+            return
+        listener = self._open_sibling()
+        if listener.fileno() >= files:
+            listener.close()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        self._listeners[slot] = listener
 
     def listeners(self) -> dict[int, BaseSocket]:
         """Return the listeners that are open, by slot."""
@@ -279,26 +302,59 @@ class KernelDispatcher:
         """
         self.close_slot(SHARED_SLOT)
 
-    def take_back(self) -> None:
-        """Put our program in the place of that of an arbiter which is gone.
+    def take_over(self) -> bool:
+        """Attach, and wait until the shared listener can be in our socket array.
+
+        A program that was attached before lives on for a grace period or two, and with it
+        its array. It may be that of an arbiter which is gone: a socket that systemd holds
+        keeps its group, program and array from start to start. Where something else holds
+        that array as well (another server, a child that an arbiter has forked), it lives
+        longer; then ``attach``, called again, puts the listener in when it can.
+
+        Returns:
+            As for ``attach``.
 
         Raises:
             OSError: the kernel refuses.
         """
-        sock = self._shared.sock
-        syscall.attach_reuseport(sock, self.program_fd)
-        # The kernel frees the other's array, in which the shared listener still is, only
-        # after a grace period or two.
-        for _ in range(_FREED_WITHIN):
+        deadline = time.monotonic() + _FREED_WITHIN
+        while not (complete := self.attach()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return complete
+
+    def attach(self) -> bool:
+        """Make our program that of the group, whatever is attached to it; any number of times.
+
+        Whoever has a listener, as all workers do, can detach the program or attach another.
+        The kernel does not tell which one is attached, so this costs a system call or two
+        instead. Connections on their way do not notice, and our own program is not freed in
+        between, as we hold it (not so a classic one: see docs/architecture.md).
+
+        Returns:
+            Whether the shared listener is in our socket array. A socket can be in one only.
+
+        Raises:
+            OSError: the kernel refuses.
+            Unsupported: where another member is needed, and cannot be had.
+        """
+        if self.program_fd < 0:
+            return True  # gunicorn has closed the address
+        try:
+            syscall.attach_reuseport(self._shared.sock, self.program_fd)
+        except PermissionError:
+            # A worker has set SO_LOCK_FILTER, which nobody can undo. Any member will do.
+            member = self._open_sibling()
             try:
-                self._array.update(SHARED_SLOT, sock.fileno())
-            except OSError as error:
-                if error.errno != errno.EBUSY:
-                    raise
-                time.sleep(0.01)
-            else:
-                return
-        self._array.update(SHARED_SLOT, sock.fileno())
+                syscall.attach_reuseport(member.sock, self.program_fd)
+            finally:
+                member.close()
+        try:
+            self._fill(SHARED_SLOT, self._shared)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        return True
 
     def close(self) -> None:
         """Give up the siblings, the program and the maps."""

@@ -129,8 +129,13 @@ class Map:
         return buffer.raw if buffer else b""
 
     def lookup(self, index: int) -> bytes:
-        """Read one element."""
-        return self._element(_MAP_LOOKUP_ELEM, index, bytes(self.value_size))
+        """Read one element; of a socket array the socket's cookie, nothing if it is empty."""
+        try:
+            return self._element(_MAP_LOOKUP_ELEM, index, bytes(self.value_size))
+        except BpfError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return b""
 
     def update(self, index: int, value: int) -> None:
         """Store a 64-bit value; in a socket array the value is a listener's fd."""
