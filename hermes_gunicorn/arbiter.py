@@ -22,9 +22,10 @@ import gunicorn
 from gunicorn import sock
 
 from hermes_gunicorn import lifecycle, settings
+from hermes_gunicorn.dispatch import refusals
 from hermes_gunicorn.dispatch.kernel import KernelDispatcher, KernelTable
 from hermes_gunicorn.errors import StrictError, Unsupported
-from hermes_gunicorn.listener import address_of
+from hermes_gunicorn.listener import address_of, backlog
 from hermes_gunicorn.memory import Memory
 from hermes_gunicorn.monitor.launch import Monitor
 from hermes_gunicorn.monitor.statsd import Reporter
@@ -90,6 +91,7 @@ class Assignment:
 
     def take_up(self) -> Publisher:
         """In the worker: drop what is the arbiter's and get the pen for the row."""
+        self._coordinator.mirror()  # a post_fork hook may have set something
         self._coordinator.leave_to_arbiter()
         if self.slot is None:
             return Publisher.unseen()
@@ -142,6 +144,7 @@ class Coordinator:
         self._reasons: dict[BaseSocket, str] = {}
         self._listeners: list[BaseSocket] = []
         self._configured: Config | None = None
+        self._mirror_failed = False
         self._kernel: KernelTable | Unsupported
         wanted = max(
             _MIN_ROWS,
@@ -169,6 +172,7 @@ class Coordinator:
         self._monitor = Monitor(server.pid, server.log, self._shown)
         self._statsd = Reporter(self.table)
         lifecycle.at_turn(server, self._report_metrics)
+        lifecycle.at_turn(server, self.mirror)
 
     def prepare(self, strict: bool = False) -> None:
         """Make the dispatchers fit the arbiter's listeners and settings.
@@ -177,6 +181,7 @@ class Coordinator:
             StrictError: ``strict``, and a listener cannot be dispatched to.
         """
         reconfigured = self._configure()
+        self.mirror()
         if self._listeners == self.server.LISTENERS:
             if reconfigured:
                 self._monitor.update()
@@ -210,6 +215,19 @@ class Coordinator:
         self._report()
         self._monitor.update()
 
+    def mirror(self) -> None:
+        """Make what was set on the arbiter's listeners hold for those beside them as well."""
+        try:
+            for dispatcher in self.dispatchers.values():
+                dispatcher.mirror()
+        except Exception:
+            if not self._mirror_failed:
+                self._mirror_failed = True
+                self.server.log.exception(
+                    "hermes: cannot copy socket options to the workers' listeners; those that"
+                    " have changed hold for the shared listener only"
+                )
+
     def _reserve(self) -> None:
         """Open the listeners of the workers to come, twice as many as are wanted.
 
@@ -218,15 +236,19 @@ class Coordinator:
         """
         workers = self.server.num_workers
         slots = self._slots.preview(2 * workers + _SPARE, workers, self.table.localities)
-        try:
-            for dispatcher in self.dispatchers.values():
+        for listener, dispatcher in self.dispatchers.items():
+            try:
                 dispatcher.reserve(slots)
-        except OSError as error:
-            self.server.log.warning(
-                "hermes: cannot open listeners in advance: %s; rescue is limited. Allow more open"
-                " files (ulimit -n, systemd: LimitNOFILE=)",
-                error.strerror,
-            )
+            except (OSError, Unsupported) as error:
+                why = refusals.explain(error, listener.sock)
+                self.server.log.warning(
+                    "hermes: cannot open listeners in advance on %s: %s; rescue is limited. To mend"
+                    " it: %s",
+                    listener,
+                    why.reason,
+                    why.remedy,
+                )
+                return
 
     def _configure(self) -> bool:
         """Publish the settings, once for each configuration; a running server may be tuned."""
@@ -307,7 +329,15 @@ class Coordinator:
         )
 
     def _report_metrics(self) -> None:
-        self._statsd.report(self.server.log, self.binds.values())
+        self._statsd.report(self.server.log, self.binds.values(), self._backlog)
+
+    def _backlog(self) -> int:
+        """Count the connections that wait on all listeners, those of shared mode included."""
+        return sum(
+            self.dispatchers[each].backlog() if each in self.dispatchers else backlog(each)
+            for each in self._listeners
+            if each.sock is not None
+        )
 
     def _shown(self) -> tuple[dict[str, Any], list[int]]:
         """Return what the monitor is to know, and the descriptors of what it is to see."""
@@ -355,12 +385,15 @@ class Coordinator:
             try:
                 for listener, dispatcher in self.dispatchers.items():
                     own[listener] = dispatcher.open_slot(slot)
-            except OSError as error:
+            except (OSError, Unsupported) as error:
+                why = refusals.explain(error, listener.sock)
                 self.server.log.warning(
-                    "hermes: no listener for slot %d: %s; the worker serves only what no other"
-                    " can. Allow more open files (ulimit -n, systemd: LimitNOFILE=)",
+                    "hermes: no listener for slot %d on %s: %s; the worker serves only what no"
+                    " other can. To mend it: %s",
                     slot,
-                    error.strerror,
+                    listener,
+                    why.reason,
+                    why.remedy,
                 )
         self._describe_binds()
         # Behind a slot's own listeners all that workers share, to be used as well.
@@ -489,7 +522,10 @@ def _chain(ours: Callable[..., None], theirs: Callable[..., Any]) -> Callable[..
         except Exception:
             # Plain gunicorn behaviour is what is left when we fail.
             server.log.exception("hermes: error in %s", ours.__name__)
-        return theirs(server, *args)
+        result = theirs(server, *args)
+        if hasattr(server, "hermes"):
+            server.hermes.mirror()  # theirs may have set something
+        return result
 
     hook.hermes = True  # type: ignore[attr-defined]
     return hook
