@@ -24,7 +24,7 @@ from gunicorn import sock
 from hermes_gunicorn import lifecycle, settings
 from hermes_gunicorn.dispatch import refusals
 from hermes_gunicorn.dispatch.kernel import KernelDispatcher, KernelTable
-from hermes_gunicorn.errors import StrictError, Unsupported
+from hermes_gunicorn.errors import StartError, StrictError, Unsupported
 from hermes_gunicorn.listener import address_of, backlog
 from hermes_gunicorn.memory import Memory
 from hermes_gunicorn.monitor.launch import Monitor
@@ -154,6 +154,9 @@ class Coordinator:
         rows = min(MAX_SLOTS, wanted)
         # For good: what exists now cannot be changed by a reload.
         self._mode: str = server.cfg.hermes_mode
+        self._at_start = {
+            name: server.cfg.settings[name].get() for name in ("hermes_mode", "hermes_loader")
+        }
         try:
             if self._mode == "shared":
                 raise Unsupported("hermes_mode is shared", "set it to auto and start anew")
@@ -256,12 +259,31 @@ class Coordinator:
         if cfg is self._configured:
             return False
         self._configured = cfg
+        self._warn_of_ignored(cfg)
         self.table.hang_threshold_ns = round(cfg.hermes_hang_threshold * 1e9)
         self.table.policy = POLICIES.index(cfg.hermes_policy)
         self.table.theta = cfg.hermes_theta
         # After a reload there may not be rows for as many groups.
         self.table.localities = min(cfg.hermes_groups, -(-self.table.capacity // SLOTS_PER_GROUP))
         return True
+
+    def _warn_of_ignored(self, cfg: Config) -> None:
+        """Say which settings have no effect, that their author may not be misled."""
+        for name in settings.unknown(cfg):
+            self.server.log.warning(
+                "hermes: %s is not a setting and has no effect; did you mean %s?",
+                name,
+                settings.nearest(name),
+            )
+        for name, value in self._at_start.items():
+            if cfg.settings[name].get() != value:
+                self.server.log.warning(
+                    "hermes: %s stays %s, as it is read at the start only; to change it to %s,"
+                    " restart or upgrade (USR2) the server",
+                    name,
+                    value,
+                    cfg.settings[name].get(),
+                )
 
     def _bind(self, listener: BaseSocket) -> Bind:
         if listener in self.dispatchers:
@@ -460,25 +482,31 @@ class Coordinator:
 
 
 def _coordinator(server: Arbiter) -> Coordinator:
-    """Return the arbiter's coordinator, made at the first call."""
+    """Return the arbiter's coordinator, made at the first call.
+
+    Raises:
+        SettingsError: not with these settings.
+    """
     coordinator = getattr(server, "hermes", None)
     if coordinator is None:
+        settings.complete(server.app, server.cfg)
         coordinator = server.hermes = Coordinator(server)
     return coordinator
 
 
 def _when_ready(server: Arbiter) -> None:
-    strict = bool(server.cfg.hermes_strict)
     try:
-        _coordinator(server).prepare(strict)
+        settings.complete(server.app, server.cfg)
+        settings.check(server.cfg)
+        _coordinator(server).prepare(bool(server.cfg.hermes_strict))
     except Exception as error:
-        if not strict:
+        if not (server.cfg.hermes_strict or isinstance(error, StartError)):
             raise
         # gunicorn prints the error and exits; leave nothing behind.
         server.stop(False)
         if server.pidfile is not None:
             server.pidfile.unlink()
-        if isinstance(error, StrictError):
+        if isinstance(error, StartError):
             raise
         raise StrictError(f"no dispatch: {error!r} (hermes_strict is set)") from error
 
@@ -489,7 +517,11 @@ def _pre_fork(server: Arbiter, worker: Worker) -> None:
     if server.cfg.reuse_port:
         server.log.warning("hermes: ignoring reuse_port, which HUP has switched on")
         server.cfg.set("reuse_port", False)
-    coordinator = _coordinator(server)
+    try:
+        coordinator = _coordinator(server)
+    except StartError as error:  # a reload has brought the class, and the server stays
+        server.log.error("hermes: the workers serve without a dispatcher: %s", error)
+        return
     coordinator.prepare()
     worker.assignment = coordinator.assign(worker)
 
@@ -517,7 +549,7 @@ def _chain(ours: Callable[..., None], theirs: Callable[..., Any]) -> Callable[..
     def hook(server: Arbiter, *args: Any) -> Any:
         try:
             ours(server, *args)
-        except StrictError:
+        except StartError:
             raise
         except Exception:
             # Plain gunicorn behaviour is what is left when we fail.

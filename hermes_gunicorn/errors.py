@@ -17,6 +17,8 @@ __all__ = [
     "KernelError",
     "LayoutMismatch",
     "LoaderError",
+    "SettingsError",
+    "StartError",
     "StrictError",
     "Unsupported",
     "step",
@@ -43,8 +45,16 @@ class Unsupported(HermesError):
         self.needs = needs
 
 
-class StrictError(HermesError):
+class StartError(HermesError):
+    """The server must not start."""
+
+
+class StrictError(StartError):
     """``hermes_strict`` is set and something would have to fall back."""
+
+
+class SettingsError(StartError):
+    """The ``hermes_*`` settings are not what the user wanted, or cannot be read."""
 
 
 class LoaderError(Unsupported):
