@@ -11,10 +11,8 @@ run before the user's own, which are still called:
 
 from __future__ import annotations
 
-import errno
 import functools
 import logging
-import os
 import resource
 import signal
 import zlib
@@ -26,9 +24,10 @@ import gunicorn
 from gunicorn import sock
 
 from hermes_gunicorn import lifecycle, settings
+from hermes_gunicorn.dispatch import refusals
 from hermes_gunicorn.dispatch.kernel import KernelDispatcher, KernelTable
-from hermes_gunicorn.errors import StrictError, Unsupported
-from hermes_gunicorn.listener import address_of
+from hermes_gunicorn.errors import StartError, StrictError, Unsupported
+from hermes_gunicorn.listener import address_of, backlog
 from hermes_gunicorn.memory import Memory
 from hermes_gunicorn.monitor.launch import Monitor
 from hermes_gunicorn.monitor.statsd import Reporter
@@ -99,6 +98,7 @@ class Assignment:
 
     def take_up(self) -> Publisher:
         """In the worker: drop what is the arbiter's and get the pen for the row."""
+        self._coordinator.mirror()  # a post_fork hook may have set something
         self._coordinator.leave_to_arbiter()
         if self.slot is None:
             return Publisher.unseen()
@@ -159,6 +159,7 @@ class Coordinator:
         self._hashed = 0
         self._told_of_strays = -_REMIND
         self._configured: Config | None = None
+        self._mirror_failed = False
         self._kernel: KernelTable | Unsupported
         wanted = max(
             _MIN_ROWS,
@@ -168,6 +169,9 @@ class Coordinator:
         rows = min(MAX_SLOTS, wanted)
         # For good: what exists now cannot be changed by a reload.
         self._mode: str = server.cfg.hermes_mode
+        self._at_start = {
+            name: server.cfg.settings[name].get() for name in ("hermes_mode", "hermes_loader")
+        }
         try:
             if self._mode == "shared":
                 raise Unsupported("hermes_mode is shared", "set it to auto and start anew")
@@ -187,6 +191,7 @@ class Coordinator:
         self._statsd = Reporter(self.table)
         self._keep = lifecycle.at_turn(server, self._keep_dispatching)
         lifecycle.at_turn(server, self._report_metrics)
+        lifecycle.at_turn(server, self.mirror)
 
     def prepare(self, strict: bool = False) -> None:
         """Make the dispatchers fit the arbiter's listeners, its settings and its workers.
@@ -195,6 +200,7 @@ class Coordinator:
             StrictError: ``strict``, and a listener cannot be dispatched to.
         """
         reconfigured = self._configure()
+        self.mirror()
         self._dispatch(strict, reconfigured)
         self._keep()
         if self.dispatchers:
@@ -233,6 +239,19 @@ class Coordinator:
         self._report()
         self._monitor.update()
 
+    def mirror(self) -> None:
+        """Make what was set on the arbiter's listeners hold for those beside them as well."""
+        try:
+            for dispatcher in self.dispatchers.values():
+                dispatcher.mirror()
+        except Exception:
+            if not self._mirror_failed:
+                self._mirror_failed = True
+                self.server.log.exception(
+                    "hermes: cannot copy socket options to the workers' listeners; those that"
+                    " have changed hold for the shared listener only"
+                )
+
     def _reserve(self) -> None:
         """Open the listeners of the workers to come, so that there are twice as many as workers.
 
@@ -249,21 +268,28 @@ class Coordinator:
             count = max(2 * workers + _SPARE - owned, present)
             slots = self._slots.preview(count, *wanted)
             self._reserved_for, self._to_reserve = wanted, (slots[:present], slots[present:])
-        try:
-            for slots, spare in zip(self._to_reserve, (False, True), strict=True):
-                files = self._files(spare)
-                for slot in slots:
-                    for dispatcher in self.dispatchers.values():
+        for slots, spare in zip(self._to_reserve, (False, True), strict=True):
+            files = self._files(spare)
+            for slot in slots:
+                for listener, dispatcher in self.dispatchers.items():
+                    try:
                         dispatcher.reserve(slot, files)
-        except (OSError, Unsupported) as error:
-            if not self._lacks_files:
-                self.server.log.warning(
-                    "hermes: cannot open listeners in advance: %s; rescue is limited. %s",
-                    *_listener_error(error),
-                )
-            self._lacks_files = True
-        else:
-            self._lacks_files = False
+                    except (OSError, Unsupported) as error:
+                        self._tell_what_is_lacking(listener, error)
+                        return
+        self._lacks_files = False
+
+    def _tell_what_is_lacking(self, listener: BaseSocket, error: OSError | Unsupported) -> None:
+        if self._lacks_files:
+            return
+        self._lacks_files = True
+        why = refusals.explain(error, listener.sock)
+        self.server.log.warning(
+            "hermes: cannot open listeners in advance on %s: %s; rescue is limited. To mend it: %s",
+            listener,
+            why.reason,
+            why.remedy,
+        )
 
     def _files(self, spare: bool) -> int:
         """Return how many files may be open once there is one more listener.
@@ -282,12 +308,31 @@ class Coordinator:
         if cfg is self._configured:
             return False
         self._configured = cfg
+        self._warn_of_ignored(cfg)
         self.table.hang_threshold_ns = round(cfg.hermes_hang_threshold * 1e9)
         self.table.policy = POLICIES.index(cfg.hermes_policy)
         self.table.theta = cfg.hermes_theta
         # After a reload there may not be rows for as many groups.
         self.table.localities = min(cfg.hermes_groups, -(-self.table.capacity // SLOTS_PER_GROUP))
         return True
+
+    def _warn_of_ignored(self, cfg: Config) -> None:
+        """Say which settings have no effect, that their author may not be misled."""
+        for name in settings.unknown(cfg):
+            self.server.log.warning(
+                "hermes: %s is not a setting and has no effect; did you mean %s?",
+                name,
+                settings.nearest(name),
+            )
+        for name, value in self._at_start.items():
+            if cfg.settings[name].get() != value:
+                self.server.log.warning(
+                    "hermes: %s stays %s, as it is read at the start only; to change it to %s,"
+                    " restart or upgrade (USR2) the server",
+                    name,
+                    value,
+                    cfg.settings[name].get(),
+                )
 
     def _bind(self, listener: BaseSocket) -> Bind:
         if listener in self.dispatchers:
@@ -355,7 +400,15 @@ class Coordinator:
         )
 
     def _report_metrics(self) -> None:
-        self._statsd.report(self.server.log, self.binds.values())
+        self._statsd.report(self.server.log, self.binds.values(), self._backlog)
+
+    def _backlog(self) -> int:
+        """Count the connections that wait on all listeners, those of shared mode included."""
+        return sum(
+            self.dispatchers[each].backlog() if each in self.dispatchers else backlog(each)
+            for each in self._listeners
+            if each.sock is not None
+        )
 
     def _shown(self) -> tuple[dict[str, Any], list[int]]:
         """Return what the monitor is to know, and the descriptors of what it is to see."""
@@ -406,11 +459,14 @@ class Coordinator:
                         self._reserved_for = (0, 0)  # it came otherwise than was worked out
                     own[listener] = dispatcher.open_slot(slot, self._files(spare=False))
             except (OSError, Unsupported) as error:
+                why = refusals.explain(error, listener.sock)
                 self.server.log.warning(
-                    "hermes: no listener for slot %d: %s; the worker serves only what no other"
-                    " can. %s",
+                    "hermes: no listener for slot %d on %s: %s; the worker serves only what no"
+                    " other can. To mend it: %s",
                     slot,
-                    *_listener_error(error),
+                    listener,
+                    why.reason,
+                    why.remedy,
                 )
         self._describe_binds()
         # Behind a slot's own listeners all that workers share, to be used as well.
@@ -538,35 +594,32 @@ class Coordinator:
                 self.release(owner)
 
 
-def _listener_error(error: OSError | Unsupported) -> tuple[str, str]:
-    """Say why a listener could not be opened, and what would help."""
-    if isinstance(error, Unsupported):
-        return error.reason, error.remedy
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return os.strerror(error.errno), "Allow more open files (ulimit -n, systemd: LimitNOFILE=)"
-    return str(error), "Trying again for the next worker"
-
-
 def _coordinator(server: Arbiter) -> Coordinator:
-    """Return the arbiter's coordinator, made at the first call."""
+    """Return the arbiter's coordinator, made at the first call.
+
+    Raises:
+        SettingsError: not with these settings.
+    """
     coordinator = getattr(server, "hermes", None)
     if coordinator is None:
+        settings.complete(server.app, server.cfg)
         coordinator = server.hermes = Coordinator(server)
     return coordinator
 
 
 def _when_ready(server: Arbiter) -> None:
-    strict = bool(server.cfg.hermes_strict)
     try:
-        _coordinator(server).prepare(strict)
+        settings.complete(server.app, server.cfg)
+        settings.check(server.cfg)
+        _coordinator(server).prepare(bool(server.cfg.hermes_strict))
     except Exception as error:
-        if not strict:
+        if not (server.cfg.hermes_strict or isinstance(error, StartError)):
             raise
         # gunicorn prints the error and exits; leave nothing behind.
         server.stop(False)
         if server.pidfile is not None:
             server.pidfile.unlink()
-        if isinstance(error, StrictError):
+        if isinstance(error, StartError):
             raise
         raise StrictError(f"no dispatch: {error!r} (hermes_strict is set)") from error
 
@@ -577,7 +630,11 @@ def _pre_fork(server: Arbiter, worker: Worker) -> None:
     if server.cfg.reuse_port:
         server.log.warning("hermes: ignoring reuse_port, which HUP has switched on")
         server.cfg.set("reuse_port", False)
-    coordinator = _coordinator(server)
+    try:
+        coordinator = _coordinator(server)
+    except StartError as error:  # a reload has brought the class, and the server stays
+        server.log.error("hermes: the workers serve without a dispatcher: %s", error)
+        return
     coordinator.prepare()
     worker.assignment = coordinator.assign(worker)
 
@@ -605,12 +662,15 @@ def _chain(ours: Callable[..., None], theirs: Callable[..., Any]) -> Callable[..
     def hook(server: Arbiter, *args: Any) -> Any:
         try:
             ours(server, *args)
-        except StrictError:
+        except StartError:
             raise
         except Exception:
             # Plain gunicorn behaviour is what is left when we fail.
             server.log.exception("hermes: error in %s", ours.__name__)
-        return theirs(server, *args)
+        result = theirs(server, *args)
+        if hasattr(server, "hermes"):
+            server.hermes.mirror()  # theirs may have set something
+        return result
 
     hook.hermes = True  # type: ignore[attr-defined]
     return hook

@@ -6,7 +6,6 @@ import logging
 import os
 import platform
 import pwd
-import resource
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,22 +15,15 @@ from gunicorn.config import Config
 from gunicorn.sock import TCPSocket
 
 from hermes_gunicorn import loader
+from hermes_gunicorn.dispatch import refusals
 from hermes_gunicorn.dispatch.kernel import KernelDispatcher, KernelTable
-from hermes_gunicorn.errors import LoaderError, Unsupported
+from hermes_gunicorn.dispatch.refusals import Facts
+from hermes_gunicorn.errors import KernelError, LoaderError, Unsupported
 
 __all__ = ["Check", "Report", "examine"]
 
-_CAPABILITIES: Final = {"CAP_BPF": 39, "CAP_PERFMON": 38, "CAP_SYS_ADMIN": 21}
 _CONTAINERS: Final = {"/.dockerenv": "Docker", "/run/.containerenv": "Podman"}
-_LINES: Final = (
-    ("systemd unit", "AmbientCapabilities=CAP_BPF"),
-    ("docker run, as root inside", "--cap-add BPF"),
-    (
-        "Dockerfile, for another USER as well",
-        'RUN setcap cap_bpf+ep "$(readlink -f "$(which python3)")"',
-    ),
-    ("Kubernetes container", 'securityContext: {capabilities: {add: ["BPF"]}}'),
-)
+_ROWS: Final = 256  # as in a server: memory may be what is short
 
 
 @dataclass(frozen=True)
@@ -66,14 +58,30 @@ class Report:
 
 def examine() -> Report:
     """Look at everything and try the real thing."""
-    report = Report([_user(), _kernel(), _capabilities(), _container(), _memlock(), *_loaders()])
-    dispatch = _dispatch()
-    report.checks += [dispatch, _unix_sockets()]
+    facts = Facts.here()
+    report = Report([_user(), _kernel(facts), *_permission(facts), _container(), _memlock(facts)])
+    dispatch, refused = _dispatch()
+    report.checks += [*_loaders(), dispatch, *_low_ports(), _unix_sockets()]
     if dispatch.good:
         report.mode = "kernel"
-    elif "permission" in dispatch.found:
-        report.lines = _LINES
+    elif refused is not None and refused.needs:
+        report.lines = _lines(refused.needs)
     return report
+
+
+def _lines(capabilities: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Say how to give a server capabilities, for each way to run it."""
+    short = [each.removeprefix("CAP_") for each in capabilities]
+    quoted = ", ".join(f'"{each}"' for each in short)
+    return (
+        ("systemd unit", f"AmbientCapabilities={' '.join(capabilities)}"),
+        ("docker run, as root inside", " ".join(f"--cap-add {each}" for each in short)),
+        (
+            "Dockerfile, for another USER as well",
+            f'RUN setcap {",".join(capabilities).lower()}+ep "$(readlink -f "$(which python3)")"',
+        ),
+        ("Kubernetes container", f"securityContext: {{capabilities: {{add: [{quoted}]}}}}"),
+    )
 
 
 def _user() -> Check:
@@ -84,26 +92,27 @@ def _user() -> Check:
     return Check("user", None, f"{name} (uid {os.geteuid()})")
 
 
-def _kernel() -> Check:
-    release = platform.release().split("-")[0]
+def _kernel(facts: Facts) -> Check:
+    release = platform.release()
     if platform.system() != "Linux":
         return Check("kernel", False, platform.system(), "kernel mode is for Linux")
-    version = tuple(int(part) for part in release.split(".")[:2] if part.isdecimal())
-    if version < (5, 5):
+    if facts.kernel < (5, 5):
         return Check("kernel", False, release, "Linux 5.5 or later is needed")
     return Check("kernel", True, release)
 
 
-def _capabilities() -> Check:
-    try:
-        text = Path("/proc/self/status").read_text()
-        bits = int(text.partition("CapEff:")[2].split()[0], 16)
-    except (OSError, IndexError, ValueError):
-        return Check("capabilities", None, "unknown")
-    held = [name for name, bit in _CAPABILITIES.items() if bits >> bit & 1]
-    enough = "CAP_BPF" in held or "CAP_SYS_ADMIN" in held
-    found = ", ".join(held) or "none that matter"
-    return Check("capabilities", enough, found, "" if enough else "CAP_BPF is all it takes")
+def _permission(facts: Facts) -> list[Check]:
+    """Show what decides; whether it is enough, and the remedy, is what trying it says."""
+    held = ", ".join(sorted(facts.capabilities)) or "none that matter"
+    seccomp = "off" if not facts.seccomp else "on"
+    if facts.call_refused:
+        seccomp += ", and refuses bpf(2)"
+    own = "one of its own, where no capability is enough" if facts.user_namespace else "the first"
+    return [
+        Check("capabilities", facts.may_use_bpf, held),
+        Check("user namespace", not facts.user_namespace, own),
+        Check("seccomp filter", False if facts.call_refused else None, seccomp),
+    ]
 
 
 def _container() -> Check:
@@ -113,9 +122,8 @@ def _container() -> Check:
     return Check("container", None, ", ".join(found) or "none seen")
 
 
-def _memlock() -> Check:
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    found = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft // 1024} KiB"
+def _memlock(facts: Facts) -> Check:
+    found = "unlimited" if facts.locked is None else f"{facts.locked // 1024} KiB"
     return Check("locked memory", None, f"{found} (counts before Linux 5.11 only)")
 
 
@@ -125,27 +133,28 @@ def _loaders() -> list[Check]:
         try:
             loader.load(name)
             checks.append(Check(f"loader {name}", True, "works"))
-        except LoaderError as error:
+        except (OSError, LoaderError) as error:
             good = False if name == "object" else None  # one is enough
-            checks.append(Check(f"loader {name}", good, error.reason, error.remedy))
+            why = refusals.explain(error)
+            checks.append(Check(f"loader {name}", good, why.reason, why.remedy))
     return checks
 
 
-def _dispatch() -> Check:
+def _dispatch() -> tuple[Check, Unsupported | None]:
     """Load the program, attach it to a listener of our own, send it a connection."""
     name = "kernel dispatch"
-    cfg = Config()
     try:
-        kernel = KernelTable("auto", 2)
+        kernel = KernelTable("auto", _ROWS)
     except Unsupported as error:
-        return Check(name, False, error.reason, error.remedy)
+        return Check(name, False, error.reason, error.remedy), error
     try:
-        shared = TCPSocket(("127.0.0.1", 0), cfg, logging.getLogger(__name__))
+        shared = TCPSocket(("127.0.0.1", 0), Config(), logging.getLogger(__name__))
         dispatcher = KernelDispatcher(shared, kernel)
     except Unsupported as error:
-        return Check(name, False, error.reason, error.remedy)
+        return Check(name, False, error.reason, error.remedy), error
     except OSError as error:
-        return Check(name, False, f"no listener on 127.0.0.1: {error}", "is loopback up?")
+        why = Check(name, False, f"no listener on 127.0.0.1: {error}", "is loopback up?")
+        return why, None
     finally:
         kernel.close()
     try:
@@ -155,8 +164,23 @@ def _dispatch() -> Check:
     finally:
         shared.close()
     if not ran:
-        return Check(name, False, "the program was attached and did not run", "please report it")
-    return Check(name, True, f"tried, works (loader {kernel.loader}, migration {migrates})")
+        found = "the program was attached and did not run"
+        return Check(name, False, found, "please report it"), None
+    found = f"tried, works (loader {kernel.loader}, migration {migrates})"
+    return Check(name, True, found), None
+
+
+def _low_ports() -> list[Check]:
+    """Say whether a second listener could be bound where gunicorn was given the first."""
+    with socket.socket() as sock:
+        try:
+            sock.bind(("127.0.0.1", 1023))
+        except PermissionError as error:
+            cause = refusals.explain(KernelError(error.errno or 0, "bind", "bind"), port=1023)
+            return [Check("ports below 1024", None, cause.reason, cause.remedy)]
+        except OSError:
+            pass  # somebody has it
+    return []
 
 
 def _unix_sockets() -> Check:

@@ -21,7 +21,9 @@ import time
 from typing import TYPE_CHECKING
 
 from hermes_gunicorn import loader
-from hermes_gunicorn.errors import Unsupported
+from hermes_gunicorn.dispatch import refusals
+from hermes_gunicorn.dispatch.options import Option, Snapshot
+from hermes_gunicorn.errors import KernelError, Unsupported, step
 from hermes_gunicorn.listener import waiting
 from hermes_gunicorn.loader import syscall
 from hermes_gunicorn.memory import Mapping
@@ -44,23 +46,10 @@ __all__ = ["KernelDispatcher", "KernelTable"]
 
 _FREED_WITHIN = 1.0  # seconds
 _SO_REUSEPORT = getattr(socket, "SO_REUSEPORT", 15)
+_SO_PROTOCOL = 38
 _SO_COOKIE = getattr(socket, "SO_COOKIE", 57)
-_PRIVILEGE = (
-    "run it with CAP_BPF (systemd: AmbientCapabilities=CAP_BPF; docker: --cap-add BPF;"
-    " before Linux 5.8: CAP_SYS_ADMIN; before 5.11 also LimitMEMLOCK=infinity)"
-)
-_KERNEL = "Linux 5.5 or later is needed"
-
-
-def _unsupported(error: OSError | Unsupported) -> Unsupported:
-    """Say why the kernel refused, and what would help."""
-    if isinstance(error, Unsupported):
-        return error
-    if error.errno in (errno.EPERM, errno.EACCES) and not getattr(error, "log", ""):
-        return Unsupported(f"no permission to use eBPF ({error})", _PRIVILEGE)
-    if error.errno == errno.ENOSYS:
-        return Unsupported("this kernel has no eBPF", _KERNEL)
-    return Unsupported(str(error), _KERNEL)
+_SO_NETNS_COOKIE = 71
+_IPPROTO_MPTCP = 262
 
 
 class KernelTable:
@@ -94,7 +83,7 @@ class KernelTable:
             self.table = Table(*(map.mmap().memory for map in self._maps.values()))
         except (OSError, Unsupported) as error:
             self.close()
-            raise _unsupported(error) from error
+            raise refusals.explain(error) from error
 
     def fds(self) -> list[int]:
         """Return the descriptors of the table's parts, for another process to map."""
@@ -149,19 +138,22 @@ class KernelDispatcher:
         self._maps: list[syscall.Map] = []
         self._mappings: list[Mapping] = []
         self.program_fd = -1
+        self._options = Snapshot(shared.sock)
+        self._missed: set[Option] = set()
         reuseport = shared.sock.getsockopt(socket.SOL_SOCKET, _SO_REUSEPORT)
         try:
+            _check(shared.sock)
             self._load(kernel)
             self._attach()
         except (OSError, Unsupported) as error:
             self.close()
             with contextlib.suppress(OSError):
                 shared.sock.setsockopt(socket.SOL_SOCKET, _SO_REUSEPORT, reuseport)
-            raise _unsupported(error) from error
-        self._close_with_shared()
+            raise refusals.explain(error, shared.sock) from error
+        self._speak_through_shared()
 
-    def _close_with_shared(self) -> None:
-        """When the arbiter closes its listener, for good or for a new address, follow."""
+    def _speak_through_shared(self) -> None:
+        """Have what the arbiter asks of its listener concern those beside it as well."""
         close_shared = self._shared.close
 
         def close() -> None:
@@ -169,6 +161,8 @@ class KernelDispatcher:
             close_shared()
 
         self._shared.close = close
+        if hasattr(self._shared, "get_backlog"):  # gunicorn 24 and later
+            self._shared.get_backlog = self.backlog
 
     def _load(self, kernel: KernelTable) -> None:
         maps = kernel.bind_maps()
@@ -196,33 +190,79 @@ class KernelDispatcher:
             self.close_slot(first)
 
     def _open_sibling(self) -> BaseSocket:
-        """Bind one more listener to the address, as gunicorn's own is bound."""
+        """Bind one more listener to the address, as gunicorn's own is bound.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
         own = self._shared.sock
-        sibling = socket.socket(own.family, own.type)
+        with step("socket"):
+            sibling = socket.socket(own.family, own.type)
         try:
             sibling.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sibling.setsockopt(socket.SOL_SOCKET, _SO_REUSEPORT, 1)
-            if own.family == socket.AF_INET6:
-                v6only = own.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
-                sibling.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6only)
-            device = own.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
-            if device.strip(b"\0"):
-                sibling.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+            # Before bind and listen, as some options count only then.
+            self._copy_options(sibling)
             address = own.getsockname()
-            sibling.bind(address)
-        except OSError as error:
+            with step("bind"):
+                sibling.bind(address)
+        except OSError:
             sibling.close()
-            if error.errno == errno.EADDRINUSE:
-                raise Unsupported(
-                    f"cannot bind a second listener to {self._shared}",
-                    "the socket must belong to the user that runs gunicorn",
-                ) from error
             raise
-        # gunicorn's class sets the options, the backlog, and makes it listen.
+        # gunicorn's class sets its options, the backlog, and makes it listen.
         shared = self._shared
-        listener = type(shared)(address, shared.conf, shared.log, fd=sibling.detach())
+        with step("listen"):
+            listener = type(shared)(address, shared.conf, shared.log, fd=sibling.detach())
         listener.sock.set_inheritable(False)  # not across USR2's exec; forks have it anyway
+        try:
+            self._copy_options(listener.sock)
+        except OSError:
+            listener.close()
+            raise
         return listener
+
+    def _copy_options(self, sock: socket.socket) -> None:
+        """Give a listener the options of gunicorn's own; say once what cannot be copied."""
+        refused = self._options.apply(sock)
+        for option, error in refused.items():
+            if option not in self._missed:
+                self._missed.add(option)
+                self._shared.log.warning(
+                    "hermes: %s of %s cannot be copied to the workers' own listeners (%s);"
+                    " connections that the kernel dispatches do not have it. %s, or set"
+                    " hermes_mode to shared",
+                    option,
+                    self._shared,
+                    error.strerror,
+                    "Run gunicorn with CAP_NET_ADMIN"
+                    if error.errno in (errno.EPERM, errno.EACCES)
+                    else "Set it to a value that the kernel takes",
+                )
+
+    def mirror(self) -> None:
+        """Copy what has changed on gunicorn's own listener, as by a hook, to all others."""
+        if self._shared.sock is None:
+            return  # closed, as the server stops
+        now = self._options.again(self._shared.sock)
+        if now == self._options:
+            return
+        self._options = now
+        for listener in self._listeners.values():
+            try:
+                self._copy_options(listener.sock)
+            except KernelError as error:
+                self._shared.log.warning(
+                    "hermes: %s of %s has changed and cannot be copied to the workers' own"
+                    " listeners (%s); restart the server",
+                    error.call,
+                    self._shared,
+                    error.strerror,
+                )
+                return
+
+    def backlog(self) -> int:
+        """Count the connections that wait on all listeners of the address."""
+        return sum(map(waiting, [self._shared, *self._listeners.values()]))
 
     def fds(self) -> list[int]:
         """Return the descriptors of the bind's parts, for another process to map."""
@@ -277,7 +317,7 @@ class KernelDispatcher:
         listener = self._open_sibling()
         if listener.fileno() >= files:
             listener.close()
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            raise KernelError(errno.EMFILE, "listener", "reserve")
         self._listeners[slot] = listener
 
     def listeners(self) -> dict[int, BaseSocket]:
@@ -288,7 +328,8 @@ class KernelDispatcher:
         """In a worker: close what only the arbiter needs."""
         self._close_kernel_side()
         # Here closing gunicorn's listener closes that alone.
-        vars(self._shared).pop("close", None)
+        for name in ("close", "get_backlog"):
+            vars(self._shared).pop(name, None)
 
     def leave_siblings(self, slot: int) -> None:
         """In a worker that stops: close the listeners of other slots."""
@@ -341,7 +382,9 @@ class KernelDispatcher:
             return True  # gunicorn has closed the address
         try:
             syscall.attach_reuseport(self._shared.sock, self.program_fd)
-        except PermissionError:
+        except KernelError as error:
+            if error.errno != errno.EPERM:
+                raise
             # A worker has set SO_LOCK_FILTER, which nobody can undo. Any member will do.
             member = self._open_sibling()
             try:
@@ -375,3 +418,23 @@ class KernelDispatcher:
         if self.program_fd >= 0:
             os.close(self.program_fd)
             self.program_fd = -1
+
+
+def _check(sock: socket.socket) -> None:
+    """Refuse a listener that no other can be bound beside.
+
+    Raises:
+        Unsupported: saying why.
+    """
+    if sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL) == _IPPROTO_MPTCP:
+        raise Unsupported(
+            "the kernel cannot choose between listeners of Multipath TCP",
+            "listen with plain TCP (systemd: SocketProtocol=)",
+        )
+    with contextlib.suppress(OSError), socket.socket(sock.family, sock.type) as here:
+        cookies = {each.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8) for each in (sock, here)}
+        if len(cookies) > 1:
+            raise Unsupported(
+                "the listener belongs to another network namespace than gunicorn",
+                "run gunicorn in that one (systemd: JoinsNamespaceOf=, NetworkNamespacePath=)",
+            )

@@ -75,6 +75,7 @@ def load(path: Path) -> Program:
 
     Raises:
         LoaderError: there is no such file, or it is not a usable object.
+        OSError: it cannot be read now, as without files or memory.
         LayoutMismatch: it was built for another layout of the table.
     """
     try:
@@ -86,7 +87,7 @@ def load(path: Path) -> Program:
             if type == _R_BPF_64_64
         ]
         code, license = elf.section(_CODE), elf.section(_LICENSE)
-    except OSError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise LoaderError(
             f"cannot read {path.name}: {error.strerror}", "reinstall hermes-gunicorn"
         ) from error

@@ -10,12 +10,14 @@ import ctypes
 import errno
 import os
 import platform
+import posix
+import resource
 import socket
 import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hermes_gunicorn.errors import BpfError, Unsupported
+from hermes_gunicorn.errors import BpfError, Unsupported, step
 from hermes_gunicorn.memory import Mapping
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ __all__ = [
     "attach_reuseport",
     "enable_stats",
     "load_program",
+    "probe",
     "program_stats",
 ]
 
@@ -46,6 +49,14 @@ _PROG_LOAD = 5
 _OBJ_GET_INFO_BY_FD = 15
 _ENABLE_STATS = 32
 _STATS_RUN_TIME = 0
+_NO_COMMAND = 9999
+
+_STEPS = {
+    _MAP_CREATE: "map",
+    _MAP_UPDATE_ELEM: "element",
+    _MAP_DELETE_ELEM: "element",
+    _PROG_LOAD: "program",
+}
 
 MAP_TYPE_ARRAY = 2
 MAP_TYPE_REUSEPORT_SOCKARRAY = 20
@@ -58,6 +69,7 @@ _SO_ATTACH_REUSEPORT_EBPF = getattr(socket, "SO_ATTACH_REUSEPORT_EBPF", 52)
 _ATTR_SIZE = 120  # of union bpf_attr as far as we fill it; the kernel takes less or more
 _LOG_SIZE = (1 << 24) - 1  # the most that older kernels take
 _NAME_MAX = 15
+_VERIFIER = (errno.EACCES, errno.EINVAL, errno.E2BIG)  # how it refuses a program
 
 
 _syscall: Callable[..., int] | None = None
@@ -68,7 +80,7 @@ def _bpf(command: int, attributes: bytes, call: str) -> int:
 
     Raises:
         Unsupported: this is no system that has the call.
-        BpfError: the kernel refused.
+        BpfError: the kernel refused, or a filter would end this process.
     """
     global _syscall
     if _syscall is None:
@@ -84,11 +96,47 @@ def _bpf(command: int, attributes: bytes, call: str) -> int:
         def syscall(command: int, buffer: ctypes.Array[ctypes.c_char]) -> int:
             return int(libc.syscall(number, command, buffer, ctypes.c_uint(len(buffer))))
 
+        if _kills(lambda: syscall(_NO_COMMAND, ctypes.create_string_buffer(_ATTR_SIZE))):
+            raise BpfError(errno.EPERM, "bpf", "killed")
         _syscall = syscall
     result = _syscall(command, ctypes.create_string_buffer(attributes, _ATTR_SIZE))
     if result < 0:
-        raise BpfError(ctypes.get_errno(), call)
+        raise BpfError(ctypes.get_errno(), call, _STEPS.get(command, "bpf"))
     return result
+
+
+def probe() -> int:
+    """Return the errno for a command that no kernel has: what comes before is a filter."""
+    try:
+        _bpf(_NO_COMMAND, b"", "probe")
+    except BpfError as error:
+        return error.errno or 0
+    except Unsupported:
+        return errno.ENOSYS
+    return 0
+
+
+def _kills(call: Callable[[], object]) -> bool:
+    """Say whether a seccomp filter ends a process for the call, by trying it in a child.
+
+    systemd's SystemCallFilter= does that unless told otherwise, and the server would be
+    gone without a word.
+    """
+    try:
+        with open("/proc/self/status") as status:
+            if "\nSeccomp:\t2\n" not in status.read():
+                return False
+        # Not by os.fork, which gevent replaces where the configuration has called patch_all.
+        pid = posix.fork()
+    except OSError:
+        return False
+    if not pid:
+        try:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            call()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(posix.waitpid(pid, 0)[1])
 
 
 def _address(buffer: ctypes.Array[ctypes.c_char]) -> int:
@@ -151,7 +199,8 @@ class Map:
 
     def mmap(self) -> Mapping:
         """Map the whole array, shared and writable; elements follow each other."""
-        return Mapping(self.fd, self.value_size * self.entries)
+        with step("mmap"):
+            return Mapping(self.fd, self.value_size * self.entries)
 
     def close(self) -> None:
         """Give up the fd; the kernel keeps the map while a program uses it."""
@@ -203,10 +252,15 @@ def _load(program: Program, instructions: bytes, attach_type: int, log_size: int
     try:
         fd = _bpf(_PROG_LOAD, attributes, f"load program {program.name}")
     except BpfError as error:
-        if not log_size:
-            # Once more for the verifier's words, which cost nothing when all is well.
-            return _load(program, instructions, attach_type, _LOG_SIZE)
         error.log = log.value.decode(errors="replace")
+        if log_size or error.errno not in _VERIFIER:
+            raise
+        # Once more for the verifier's words, which cost nothing when all is well.
+        try:
+            return _load(program, instructions, attach_type, _LOG_SIZE)
+        except BpfError as again:
+            # Its own number is ENOSPC when it had more to say.
+            error.log = again.log
         raise
     os.set_inheritable(fd, False)
     return fd
@@ -216,9 +270,10 @@ def attach_reuseport(sock: socket.socket, program_fd: int) -> None:
     """Attach the program to the socket's reuseport group, in place of any other.
 
     Raises:
-        OSError: EINVAL when the socket has no group yet.
+        KernelError: EINVAL when the socket has no group yet.
     """
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_EBPF, program_fd)
+    with step("attach"):
+        sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_EBPF, program_fd)
 
 
 class ProgramStats:

@@ -5,7 +5,7 @@ By the arbiter, once a second: it has the logger, and lives as long as the serve
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from logging import Logger
 from time import monotonic, monotonic_ns
 from typing import Any
@@ -30,8 +30,14 @@ class Reporter:
         self._told: dict[str, int] = {}
         self._next = 0.0
 
-    def report(self, log: Logger | Any, binds: Iterable[Bind]) -> None:
-        """Send all, if the logger is for statsd and a second has passed."""
+    def report(self, log: Logger | Any, binds: Iterable[Bind], queued: Callable[[], int]) -> None:
+        """Send all, if the logger is for statsd and a second has passed.
+
+        Args:
+            log: gunicorn's logger.
+            binds: what the table holds for each address.
+            queued: counts the connections that wait on all listeners.
+        """
         if not isinstance(log, Statsd) or monotonic() < self._next:
             return
         self._next = monotonic() + 1
@@ -46,7 +52,7 @@ class Reporter:
         log.gauge("hermes.workers.hung", hung)
         log.gauge("hermes.requests", sum(row.requests for row in ready))
         log.gauge("hermes.connections.open", sum(row.connections for row in ready))
-        log.gauge("hermes.connections.queued", sum(row.queued for row in ready))
+        log.gauge("hermes.connections.queued", queued())
         counters = {
             "dispatched": sum(row.dispatched for row in rows),
             "rescued": sum(row.rescued for row in rows),

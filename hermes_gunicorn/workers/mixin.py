@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from time import monotonic, monotonic_ns
 from typing import TYPE_CHECKING, Any, Final
 
-from hermes_gunicorn import arbiter, policy, settings
+from hermes_gunicorn import arbiter, policy
 from hermes_gunicorn.dispatch.shared import Admission
-from hermes_gunicorn.errors import HermesError
 from hermes_gunicorn.keeping import Keeping, waited_for_cores
 from hermes_gunicorn.listener import waiting
 from hermes_gunicorn.rescue import Rescuer
@@ -75,13 +74,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
         check = getattr(super(), "check_config", None)
         if check is not None:
             check(cfg, log)
-        if cfg.reuse_port:
-            raise HermesError(
-                "reuse_port and a hermes worker exclude each other: hermes opens its own"
-                " reuseport listeners, one for each worker; remove reuse_port (--reuse-port)"
-            )
         arbiter.install(cfg)
-        settings.check(cfg)
 
     def init_process(self) -> None:
         """Run the worker, from just after the fork to its end."""
