@@ -195,13 +195,6 @@ def opened(port: int, *then: str, set: str = "fileno()") -> list[str]:
             id="EAFNOSUPPORT",
         ),
         pytest.param(
-            ONE + "shared.setsockopt(1, 44, 1)" + TWO,
-            [],
-            "SO_LOCK_FILTER",
-            "without that lock",
-            id="filter locked",
-        ),
-        pytest.param(
             "",
             [*nobody("+bpf", "+net_admin"), *opened(0, *only("+bpf"), set="setsockopt(0, 19, 1)")],
             "IP_TRANSPARENT",
