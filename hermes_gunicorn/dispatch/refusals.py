@@ -278,8 +278,8 @@ CAUSES: Final = (
     Cause(
         *("owner", ("bind",), (errno.EADDRINUSE, errno.EACCES)),
         lambda p: p.owner not in (None, p.facts.uid),
-        "the listener is that of uid {problem.owner} and gunicorn runs as uid {facts.uid}; the"
-        " kernel chooses between listeners of one user only",
+        "the listener must belong to the user that runs gunicorn: it is owned by uid"
+        " {problem.owner}, gunicorn runs as uid {facts.uid}",
         "start gunicorn as the listener's user, and have its user setting change the workers'",
     ),
     Cause(

@@ -159,14 +159,14 @@ def opened(port: int, *then: str, set: str = "fileno()") -> list[str]:
         pytest.param(
             "",
             opened(0, *nobody("+bpf")),
-            "the listener is that of uid 0 and gunicorn runs as uid 65534",
+            "it is owned by uid 0, gunicorn runs as uid 65534",
             "as the listener's user",
             id="owner",
         ),
         pytest.param(
             "",
             ["unshare", "--net", *opened(80, *nobody("+bpf"))],
-            "the listener is that of uid 0",  # a capability alone would not help
+            "it is owned by uid 0",  # a capability alone would not help
             "as the listener's user",
             id="owner of port 80",
         ),
