@@ -64,7 +64,7 @@ def pre_fork(server, worker):
 """,
     "post_fork": """
 def post_fork(server, worker):
-    for listener in worker.sockets:
+    for listener in server.LISTENERS:
         set_options(listener)
 """,
     "a listener from outside": """
