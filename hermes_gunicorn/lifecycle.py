@@ -14,11 +14,19 @@ from typing import TYPE_CHECKING, Any
 from gunicorn import sock
 from gunicorn.config import Config
 
+from hermes_gunicorn import forks
+
 if TYPE_CHECKING:
     from gunicorn.arbiter import Arbiter
     from gunicorn.sock import BaseSocket
 
-__all__ = ["after_failed_upgrade", "after_setup", "at_turn", "keep_configuration"]
+__all__ = [
+    "after_failed_upgrade",
+    "after_setup",
+    "at_turn",
+    "keep_configuration",
+    "keep_for_upgrade",
+]
 
 
 class _Rejected(Exception):
@@ -39,17 +47,16 @@ def after_setup(server: Arbiter, call: Callable[[], None]) -> None:
 def at_turn(server: Arbiter, call: Callable[[], None]) -> None:
     """Have something called whenever the arbiter's loop turns: every second, or sooner."""
     murder_workers = server.murder_workers
-    works = True
+    failed: set[str] = set()
 
     def murder_workers_and_call() -> None:
-        nonlocal works
         murder_workers()
-        if works:
-            try:
-                call()
-            except Exception:
-                works = False
-                server.log.exception("hermes: error in %s; it is not called again", call.__name__)
+        try:
+            call()
+        except Exception as error:
+            if repr(error) not in failed:  # which may come back each second
+                failed.add(repr(error))
+                server.log.exception("hermes: error in %s", call.__name__)
 
     server.murder_workers = murder_workers_and_call
 
@@ -114,6 +121,20 @@ def _listeners(server: Arbiter, cfg: Config) -> list[BaseSocket] | None:
         opened = sock.create_sockets(added, server.log)
         here |= dict(zip(added.address, opened, strict=True))
     return [here[address] for address in new]
+
+
+def keep_for_upgrade(server: Arbiter) -> None:
+    """Let the child that becomes the next arbiter (USR2) keep what is ours until then."""
+    reexec = server.reexec
+
+    def expect_and_reexec() -> None:
+        forks.expect(forks.ARBITER)
+        try:
+            reexec()
+        finally:
+            forks.expect("")
+
+    server.reexec = expect_and_reexec
 
 
 def after_failed_upgrade(server: Arbiter, call: Callable[[], None]) -> None:
