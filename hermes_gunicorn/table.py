@@ -505,11 +505,13 @@ class Table:
             owned: the slots that have an owner; all others are free.
             drained: those of them that are to be sent nothing more.
         """
-        for slot, state in enumerate(self._rows[_STATE :: WORKER.words].tolist()):
+        states = self._rows[_STATE :: WORKER.words].tolist()
+        marks = self._rows[_DRAINED :: WORKER.words].tolist()
+        for slot, (state, mark) in enumerate(zip(states, marks, strict=True)):
             if slot not in owned:
-                if state != FREE:
+                if state != FREE or mark:
                     self.release(slot)
-            elif (self._rows[slot * WORKER.words + _DRAINED] == 1) != (slot in drained):
+            elif (mark == 1) != (slot in drained):
                 self.drain(slot, slot in drained)
         for group in range(-(-self.capacity // SLOTS_PER_GROUP)):
             self.refresh_eligible(group)
@@ -534,7 +536,7 @@ class Table:
         """Give a slot back after its owner is gone."""
         self.set_state(slot, FREE)
         at = slot * WORKER.words
-        for word in (_BUSY_SINCE, _REQUESTS, _CONNECTIONS, _FROZEN):
+        for word in (_BUSY_SINCE, _REQUESTS, _CONNECTIONS, _FROZEN, _DRAINED):
             self._rows[at + word] = 0
 
     def queues(self) -> list[int]:

@@ -39,6 +39,22 @@ def table():
     }
 
 
+def overwrite(part, word, value):
+    """Store a value in a word of the table: of every row, group, or bind."""
+    memory = worker.publisher.table
+    binds = worker.assignment.binds
+    areas = {
+        "control": [(memory._control, 8)],
+        "groups": [(memory._groups, 2)],
+        "rows": [(memory._rows, 16)],
+        "binds": [(bind._words, 16) for bind in binds],
+        "allowed": [(bind._allowed, 1) for bind in binds],
+    }
+    for words, stride in areas[part]:
+        for at in range(int(word), len(words), stride):
+            words[at] = int(value)
+
+
 def upgrade(environ):
     """Answer like a websocket: echo lines on the raw socket until the client ends."""
     sock = environ["gunicorn.socket"]
@@ -63,12 +79,12 @@ def answer(path, query):
         body = str(worker.publisher.table.hang_threshold_ns).encode()
     elif path == "/slot":
         body = str(worker.publisher.slot).encode()
-    elif path == "/policy":
-        worker.publisher.table.policy = int(query)
     elif path == "/scramble":
         memory = worker.publisher.table
         for words in (memory._rows, memory._groups, memory._control):
             words[:] = memoryview(os.urandom(words.nbytes)).cast("Q")
+    elif path == "/overwrite":
+        overwrite(*query.split(","))
     elif path == "/spin":
         mark()
         until = time.monotonic() + float(query)
