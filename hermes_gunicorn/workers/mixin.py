@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from time import monotonic, monotonic_ns
 from typing import TYPE_CHECKING, Any, Final
@@ -123,7 +123,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
         for sock, exclusive in zip(self.sockets, self.exclusive(), strict=False):
             if exclusive:
                 with contextlib.suppress(AttributeError, OSError):  # it is closed already
-                    os.close(sock.detach())
+                    socket.close(sock.detach())  # gevent's os.close would wait for the loop
 
     def exclusive(self) -> list[bool]:
         """Say for each of ``sockets`` whether it is this worker's alone."""

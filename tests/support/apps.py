@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import multiprocessing
 import os
 import re
+import subprocess
 import sys
 import time
 
@@ -37,6 +39,24 @@ def table():
         "binds": [bind.counters() for bind in worker.assignment.binds],
         "rows": [vars(row) | {"queued": row.queued} for row in publisher.table.rows()],
     }
+
+
+def child(kind):
+    """Start a process that stays for a while, and return its id."""
+    if kind in ("fork", "turning"):  # the latter turns its copy of the loop
+        sleep = original_sleep() if kind == "fork" else time.sleep
+        pid = os.fork()
+        if not pid:
+            sleep(20)
+            os._exit(0)
+        return pid
+    if kind == "multiprocessing":
+        sleep = original_sleep()
+        process = multiprocessing.get_context("fork").Process(target=sleep, args=(20,))
+        process.start()
+        return process.pid
+    # What Popen closes by itself is not the point here.
+    return subprocess.Popen(["sleep", "20"], close_fds=False).pid
 
 
 def overwrite(part, word, value):
@@ -85,6 +105,8 @@ def answer(path, query):
             words[:] = memoryview(os.urandom(words.nbytes)).cast("Q")
     elif path == "/overwrite":
         overwrite(*query.split(","))
+    elif path == "/child":
+        body = str(child(query)).encode()
     elif path == "/spin":
         mark()
         until = time.monotonic() + float(query)
