@@ -1,6 +1,7 @@
 """The application under test; copied beside gunicorn.conf.py, imported by both."""
 
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from select import epoll  # gevent takes it away
 
 worker = None
 
@@ -59,6 +61,21 @@ def child(kind):
     return subprocess.Popen(["sleep", "20"], close_fds=False).pid
 
 
+def deafen():
+    """Have the loop's poll report nothing of the worker's own listeners any more."""
+    own = [s for s, mine in zip(worker.sockets, worker.exclusive(), strict=True) if mine]
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventpoll]":
+                continue
+        except OSError:
+            continue
+        poll = epoll.fromfd(os.dup(fd))
+        for sock in own:
+            with contextlib.suppress(OSError):
+                poll.unregister(sock)
+
+
 def overwrite(part, word, value):
     """Store a value in a word of the table: of every row, group, or bind."""
     memory = worker.publisher.table
@@ -103,6 +120,8 @@ def answer(path, query):
         memory = worker.publisher.table
         for words in (memory._rows, memory._groups, memory._control):
             words[:] = memoryview(os.urandom(words.nbytes)).cast("Q")
+    elif path == "/deafen":
+        deafen()
     elif path == "/overwrite":
         overwrite(*query.split(","))
     elif path == "/child":
