@@ -161,6 +161,7 @@ struct search {
 	__u32 own; /* the connection's locality */
 	__u32 members; /* groups of that locality; 0 if the table is too small for it */
 	__u32 member; /* which of them the hash picks, from 0 */
+	__u64 everybody; /* all ones if the bind allows nobody at all, else 0 */
 };
 
 /* The healthy workers of the lowest rank in a group. */
@@ -375,6 +376,29 @@ static __always_inline __u32 locality(struct sk_reuseport_md *ctx, struct hermes
 	return reciprocal_scale(key, localities);
 }
 
+/*
+ * All ones if no slot of the groups in use is allowed. The arbiter never decides that: the
+ * words were overwritten, and until it restores them all workers may serve the bind.
+ */
+static __always_inline __u64 everybody(__u32 groups, __u64 now)
+{
+	__u64 any = 0, left = opaque(groups, now);
+
+	NO_UNROLL
+	for (__u32 i = 0; i < HERMES_MAX_GROUPS; i++) {
+		__u32 index = opaque(i, now);
+		struct hermes_allowed *allowed = bpf_map_lookup_elem(MAP(hermes_allowed), &index);
+
+		if (!allowed)
+			break;
+		any = opaque(any | READ_ONCE(allowed->slots), now);
+		left = opaque(left - 1, now);
+		if (!left)
+			break;
+	}
+	return opaque(is_set(any) - 1, now);
+}
+
 /* Say where a connection looks: in two groups of its locality, if there are two. */
 static __always_inline struct search plan(struct sk_reuseport_md *ctx,
 					  struct hermes_control *control, struct hermes_bind *bind,
@@ -393,6 +417,7 @@ static __always_inline struct search plan(struct sk_reuseport_md *ctx,
 			(search.groups + search.localities - 1 - search.own) / search.localities;
 	}
 	search.member = reciprocal_scale(ctx->hash, search.members);
+	search.everybody = everybody(search.groups, now);
 	return search;
 }
 
@@ -400,7 +425,7 @@ static __always_inline struct search plan(struct sk_reuseport_md *ctx,
  * The group at `index`, or if nobody in it may be sent this connection the next one
  * where somebody may.
  */
-static __always_inline struct group group_from(__u32 index, __u32 groups, __u64 now)
+static __always_inline struct group group_from(__u32 index, const struct search *search, __u64 now)
 {
 	struct group group = {};
 
@@ -409,7 +434,7 @@ static __always_inline struct group group_from(__u32 index, __u32 groups, __u64 
 		struct hermes_group *stage_1;
 		struct hermes_allowed *allowed;
 
-		if (index >= groups)
+		if (index >= search->groups)
 			index = 0;
 		index = opaque(index, now);
 		stage_1 = bpf_map_lookup_elem(MAP(hermes_groups), &index);
@@ -417,7 +442,8 @@ static __always_inline struct group group_from(__u32 index, __u32 groups, __u64 
 		if (!stage_1 || !allowed)
 			break;
 		group.index = index;
-		group.usable = READ_ONCE(stage_1->eligible) & READ_ONCE(allowed->slots);
+		group.usable = READ_ONCE(stage_1->eligible) &
+			       (READ_ONCE(allowed->slots) | search->everybody);
 		group.selected = group.usable & READ_ONCE(stage_1->selected);
 		if (group.usable)
 			break;
@@ -431,7 +457,7 @@ static __always_inline struct group group_from(__u32 index, __u32 groups, __u64 
 
 static __always_inline struct group first_group(const struct search *search, __u64 now)
 {
-	return group_from(search->own + search->member * search->localities, search->groups, now);
+	return group_from(search->own + search->member * search->localities, search, now);
 }
 
 /* Another group: of the same locality, or if there is none, the next one. */
@@ -446,7 +472,7 @@ static __always_inline struct group second_group(const struct search *search,
 			member -= search->members;
 		index = search->own + member * search->localities;
 	}
-	return group_from(index, search->groups, now);
+	return group_from(index, search, now);
 }
 
 static __always_inline int is_own(const struct search *search, __u32 group)

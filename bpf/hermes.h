@@ -118,7 +118,7 @@ struct hermes_bind {
 	__u64 reserved2[6];
 };
 
-/* Which slots of a group of 64 may serve a bind address. */
+/* Which slots of a group of 64 may serve a bind address. None at all means every one. */
 struct hermes_allowed {
 	__u64 slots; /* bit i: the group's i-th */
 };

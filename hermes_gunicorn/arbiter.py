@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import gunicorn
 from gunicorn import sock
 
-from hermes_gunicorn import lifecycle, settings
+from hermes_gunicorn import forks, lifecycle, memory, settings
 from hermes_gunicorn.dispatch import refusals
 from hermes_gunicorn.dispatch.kernel import KernelDispatcher, KernelTable
 from hermes_gunicorn.errors import StartError, StrictError, Unsupported
@@ -42,6 +42,7 @@ from hermes_gunicorn.table import (
     Bind,
     Publisher,
     Table,
+    tuned,
 )
 
 if TYPE_CHECKING:
@@ -158,6 +159,8 @@ class Coordinator:
         self._left: dict[int, float] = {}  # when a slot's last owner did
         self._hashed = 0
         self._told_of_strays = -_REMIND
+        self._names: dict[BaseSocket, str] = {}
+        self._drained: set[int] = set()
         self._configured: Config | None = None
         self._mirror_failed = False
         self._kernel: KernelTable | Unsupported
@@ -186,12 +189,15 @@ class Coordinator:
         # HUP may bring another worker class; our hooks stay.
         lifecycle.after_setup(server, lambda: install(server.cfg))
         lifecycle.keep_configuration(server)
+        lifecycle.keep_for_upgrade(server)
         lifecycle.after_failed_upgrade(server, self.take_back)
+        forks.in_foreign_child(self.abandon)
         self._monitor = Monitor(server.pid, server.log, self._shown)
         self._statsd = Reporter(self.table)
         self._keep = lifecycle.at_turn(server, self._keep_dispatching)
         lifecycle.at_turn(server, self._report_metrics)
         lifecycle.at_turn(server, self.mirror)
+        lifecycle.at_turn(server, self._maintain)
 
     def prepare(self, strict: bool = False) -> None:
         """Make the dispatchers fit the arbiter's listeners, its settings and its workers.
@@ -213,6 +219,7 @@ class Coordinator:
             return
         # Those of an address that HUP took away were closed with their listener.
         self._listeners = list(self.server.LISTENERS)
+        self._names = {listener: str(listener) for listener in self._listeners}
         self.dispatchers = {
             listener: dispatcher
             for listener, dispatcher in self.dispatchers.items()
@@ -261,7 +268,7 @@ class Coordinator:
 
         First those of the workers that are wanted now, at every address; then spare ones.
         """
-        wanted = (self.server.num_workers, self.table.localities)
+        wanted = (self.server.num_workers, self.table.decided("localities"))
         if self._reserved_for != wanted:  # it is much to work out at each fork
             workers, owned = self.server.num_workers, len(self._slots.owned())
             present = max(workers - owned, 0)
@@ -309,6 +316,7 @@ class Coordinator:
             return False
         self._configured = cfg
         self._warn_of_ignored(cfg)
+        self._obey()  # what was changed before lasts until now
         self.table.hang_threshold_ns = round(cfg.hermes_hang_threshold * 1e9)
         self.table.policy = POLICIES.index(cfg.hermes_policy)
         self.table.theta = cfg.hermes_theta
@@ -399,6 +407,26 @@ class Coordinator:
             self.table.capacity - 1,
         )
 
+    def _maintain(self) -> None:
+        """Once a second restore what the arbiter decides: any worker can write to the table."""
+        self._obey()
+        self.table.restore()
+        for listener, bind in self.binds.items():
+            if listener.sock is not None:
+                bind.restore()
+        self.table.restore_rows(self._slots.owned(), self._drained)
+        self._obey()  # what came meanwhile and was just overwritten
+        self._monitor.catch_up()
+
+    def _obey(self) -> None:
+        """Decide what somebody has changed through the control socket."""
+        for change in self._monitor.heard():
+            if "set" in change:
+                setattr(self.table, *tuned(change["set"], change["value"]))
+            elif (slot := change["drain"]) in self._slots.owned():
+                (self._drained.add if change["drained"] else self._drained.discard)(slot)
+                self.table.drain(slot, slot in self._drained)
+
     def _report_metrics(self) -> None:
         self._statsd.report(self.server.log, self.binds.values(), self._backlog)
 
@@ -411,7 +439,10 @@ class Coordinator:
         )
 
     def _shown(self) -> tuple[dict[str, Any], list[int]]:
-        """Return what the monitor is to know, and the descriptors of what it is to see."""
+        """Return what the monitor is to know, and the descriptors of what it is to see.
+
+        It may be asked at any moment, also while listeners are closed.
+        """
         if isinstance(self._kernel, KernelTable):
             fds = self._kernel.fds()
         else:
@@ -420,10 +451,13 @@ class Coordinator:
         for listener in self._listeners:
             dispatcher = self.dispatchers.get(listener)
             own = self._bind_memory.get(listener, [])
-            fds += dispatcher.fds() if dispatcher else [each.fd for each in own]
+            parts = dispatcher.fds() if dispatcher else [each.fd for each in own]
+            if len(parts) != len(Bind.sizes()):
+                continue  # it is closed, or not set up yet
+            fds += parts
             reason = None if dispatcher else self._reasons.get(listener)
             mode = "kernel" if dispatcher else "shared"
-            binds.append({"address": str(listener), "mode": mode, "reason": reason})
+            binds.append({"address": self._names[listener], "mode": mode, "reason": reason})
         cfg = self.server.cfg
         about = {
             "arbiter": self.server.pid,
@@ -441,9 +475,8 @@ class Coordinator:
     def assign(self, worker: Worker) -> Assignment:
         """Give a worker a slot and its listeners, before it is forked."""
         self._sweep()
-        slot = self._slots.take(
-            worker, self.server.num_workers, self.table.localities, self._waiting
-        )
+        localities = self.table.decided("localities")
+        slot = self._slots.take(worker, self.server.num_workers, localities, self._waiting)
         own: dict[BaseSocket, BaseSocket] = {}
         if slot is None:
             self.server.log.warning(
@@ -451,7 +484,7 @@ class Coordinator:
                 self.table.capacity - 1,
             )
         else:
-            self.table.slots = max(self.table.slots, slot + 1)
+            self.table.slots = max(self.table.decided("slots"), slot + 1)
             self.table.claim(slot, self._waiting(slot))
             try:
                 for listener, dispatcher in self.dispatchers.items():
@@ -490,6 +523,7 @@ class Coordinator:
                 for dispatcher in self.dispatchers.values():
                     dispatcher.close_slot(slot)
                 self.table.release(slot, self._waiting(slot))
+                self._drained.discard(slot)
                 self._left[slot] = monotonic()
                 self._describe_binds()
 
@@ -498,11 +532,18 @@ class Coordinator:
         self._monitor.leave_to_arbiter()
         for dispatcher in self.dispatchers.values():
             dispatcher.leave_to_arbiter()
-        for memory in (self._memory, *self._bind_memory.values()):
-            for each in memory:
+        for parts in (self._memory, *self._bind_memory.values()):
+            for each in parts:
                 each.close()
         if isinstance(self._kernel, KernelTable):
             self._kernel.close()
+
+    def abandon(self) -> None:
+        """In a child that is not a hermes worker: let go of everything, and share nothing."""
+        self.leave_to_arbiter()
+        for dispatcher in self.dispatchers.values():
+            dispatcher.leave_siblings(SHARED_SLOT)  # which is all slots' listeners
+        memory.make_private()
 
     def hand_over(self) -> None:
         """Make way for the arbiter that is about to be executed."""
@@ -649,6 +690,11 @@ def _pre_exec(server: Arbiter) -> None:
         server.hermes.hand_over()
 
 
+def _about_to_fork(server: Arbiter, worker: Worker) -> None:
+    if getattr(worker, "assignment", None) is not None:
+        forks.expect(forks.WORKER)
+
+
 _HOOKS: dict[str, Callable[..., None]] = {
     "when_ready": _when_ready,
     "pre_fork": _pre_fork,
@@ -657,7 +703,15 @@ _HOOKS: dict[str, Callable[..., None]] = {
 }
 
 
-def _chain(ours: Callable[..., None], theirs: Callable[..., Any]) -> Callable[..., Any]:
+# After the user's own, which may fork something else.
+_LAST: dict[str, Callable[..., None]] = {"pre_fork": _about_to_fork}
+
+
+def _chain(
+    ours: Callable[..., None],
+    theirs: Callable[..., Any],
+    last: Callable[..., None] = lambda *_: None,
+) -> Callable[..., Any]:
     @functools.wraps(theirs)
     def hook(server: Arbiter, *args: Any) -> Any:
         try:
@@ -670,6 +724,7 @@ def _chain(ours: Callable[..., None], theirs: Callable[..., Any]) -> Callable[..
         result = theirs(server, *args)
         if hasattr(server, "hermes"):
             server.hermes.mirror()  # theirs may have set something
+        last(server, *args)
         return result
 
     hook.hermes = True  # type: ignore[attr-defined]
@@ -683,7 +738,8 @@ def install(cfg: Config) -> None:
         HermesError: a ``hermes_*`` value is not valid.
     """
     settings.ensure(cfg)
+    forks.watch()
     for name, ours in _HOOKS.items():
         setting = cfg.settings[name]
         if not hasattr(setting.value, "hermes"):
-            setting.value = _chain(ours, setting.value)
+            setting.value = _chain(ours, setting.value, *filter(None, [_LAST.get(name)]))

@@ -16,13 +16,20 @@ from typing import TYPE_CHECKING, Any
 from gunicorn import sock
 from gunicorn.config import Config
 
+from hermes_gunicorn import forks
 from hermes_gunicorn.listener import address_of
 
 if TYPE_CHECKING:
     from gunicorn.arbiter import Arbiter
     from gunicorn.sock import BaseSocket
 
-__all__ = ["after_failed_upgrade", "after_setup", "at_turn", "keep_configuration"]
+__all__ = [
+    "after_failed_upgrade",
+    "after_setup",
+    "at_turn",
+    "keep_configuration",
+    "keep_for_upgrade",
+]
 
 _AT_LEAST = 0.5  # seconds between two calls
 
@@ -170,6 +177,20 @@ def _is_bound_to(listener: BaseSocket, address: tuple[str, int] | str) -> bool:
     except OSError:
         return False
     return name in (sockaddr[:2] for *_, sockaddr in found)
+
+
+def keep_for_upgrade(server: Arbiter) -> None:
+    """Let the child that becomes the next arbiter (USR2) keep what is ours until then."""
+    reexec = server.reexec
+
+    def expect_and_reexec() -> None:
+        forks.expect(forks.ARBITER)
+        try:
+            reexec()
+        finally:
+            forks.expect("")
+
+    server.reexec = expect_and_reexec
 
 
 def after_failed_upgrade(server: Arbiter, call: Callable[[], None]) -> None:

@@ -5,8 +5,33 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from typing import Final
 
-__all__ = ["Mapping", "Memory"]
+__all__ = ["Mapping", "Memory", "make_private"]
+
+_MAP_FIXED: Final = 0x10  # Linux
+_mapped: dict[int, int] = {}  # sizes by address
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    size_t, integer, offset = ctypes.c_size_t, ctypes.c_int, ctypes.c_long
+    libc.mmap.argtypes = (ctypes.c_void_p, size_t, *(integer,) * 3, offset)
+    libc.munmap.argtypes = (ctypes.c_void_p, size_t)
+    return libc
+
+
+def make_private() -> None:
+    """In a child that shall not speak for its parent: put empty memory in place of the shared.
+
+    What refers to it stays valid, and neither sees nor changes what others share.
+    """
+    libc = _libc()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+    for address, size in _mapped.items():
+        libc.mmap(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    _mapped.clear()
 
 
 class Mapping:
@@ -22,21 +47,19 @@ class Mapping:
     """
 
     def __init__(self, fd: int, size: int) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._libc.mmap.restype = ctypes.c_void_p
-        size_t, integer, offset = ctypes.c_size_t, ctypes.c_int, ctypes.c_long
-        self._libc.mmap.argtypes = (ctypes.c_void_p, size_t, *(integer,) * 3, offset)
-        self._libc.munmap.argtypes = (ctypes.c_void_p, size_t)
+        self._libc = _libc()
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         self._address = self._libc.mmap(None, size, protection, mmap.MAP_SHARED, fd, 0)
         if self._address == ctypes.c_void_p(-1).value:
             raise OSError(ctypes.get_errno(), "mmap")
         self.size = size
+        _mapped[self._address] = size
         self.memory = memoryview((ctypes.c_char * size).from_address(self._address)).cast("B")
 
     def close(self) -> None:
         """Unmap it; an error while views of it are in use."""
         self.memory.release()
+        _mapped.pop(self._address, None)
         self._libc.munmap(self._address, self.size)
 
 

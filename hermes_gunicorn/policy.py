@@ -94,7 +94,7 @@ class View:
         rows: the table's rows in use, slot 0 first.
         eligible: bit s: slot s is ready.
         selected: bit s: slot s passed the cascade's filters.
-        allowed: bit s: slot s may serve this address.
+        allowed: bit s: slot s may serve this address; no bit at all allows every slot.
         policy: ``LEAST_LOADED`` or ``CASCADE``.
         threshold_ns: as for ``is_hung``.
         localities: number of locality groups.
@@ -107,6 +107,17 @@ class View:
     policy: int
     threshold_ns: int
     localities: int = 1
+
+    @property
+    def groups(self) -> int:
+        """How many groups of 64 are in use."""
+        return -(-len(self.rows) // SLOTS_PER_GROUP)
+
+    @property
+    def usable(self) -> int:
+        """Bit s: slot s may be sent connections to this address."""
+        all_slots = (1 << self.groups * SLOTS_PER_GROUP) - 1
+        return self.eligible & (self.allowed & all_slots or all_slots)
 
 
 def is_hung(busy_since_ns: int, now_ns: int, threshold_ns: int) -> bool:
@@ -267,9 +278,8 @@ def ways(view: View, own: int | None = None) -> list[Way]:
         view: what the program sees.
         own: the connection's locality group; None without such groups.
     """
-    usable = view.eligible & view.allowed
-    groups = -(-len(view.rows) // SLOTS_PER_GROUP)
-    local = range(own or 0, groups, view.localities)
+    usable, groups = view.usable, view.groups
+    local = range(own or 0, groups, max(view.localities, 1))
     result = []
     for first in local or [0]:
         # The hash draws the other one as well; without another of the locality it is
@@ -302,7 +312,7 @@ def _group_from(usable: int, index: int, groups: int) -> int:
 
 def outcome(view: View, way: Way, now_ns: int) -> set[int]:
     """Return the slots of which the hash picks one, once it has drawn the groups."""
-    usable = view.eligible & view.allowed
+    usable = view.usable
     first, second, compare = way
     if view.policy == CASCADE:
         picks = usable & view.selected

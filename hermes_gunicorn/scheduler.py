@@ -46,7 +46,7 @@ class Scheduler:
         """Filter each group of 64, by averages of its own as in the paper."""
         table = self._table
         threshold_ns, theta = table.hang_threshold_ns, table.theta
-        slots = min(table.slots, table.capacity)
+        slots = table.in_use
         for first in range(0, slots, SLOTS_PER_GROUP):
             group = table.group(first, min(first + SLOTS_PER_GROUP, slots))
             live = [

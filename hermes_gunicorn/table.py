@@ -12,7 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from time import monotonic_ns
@@ -50,6 +50,7 @@ __all__ = [
     "Row",
     "Struct",
     "Table",
+    "tuned",
 ]
 
 LAYOUT_VERSION: Final = 4
@@ -77,6 +78,7 @@ WEIGHT: Final = 1 << 20  # of a request that fills a worker
 
 _WORD: Final = 8
 _MASK: Final = (1 << 64) - 1
+_TRIES: Final = 4
 _MAX_QUEUED: Final = _MASK >> 1  # more is a negative number
 
 
@@ -237,6 +239,8 @@ class Bind:
     def __init__(self, memory: Buffer, allowed: Buffer) -> None:
         self._words = memoryview(memory).cast("B")[: BIND.size].cast("Q")
         self._allowed = memoryview(allowed).cast("B")[: MAX_GROUPS * ALLOWED.size].cast("Q")
+        self._decided: int | None = None
+        self._grouping: tuple[int, int] | None = None
         if not any(self._allowed):  # new memory
             self.allowed = ALL_SLOTS
 
@@ -244,6 +248,13 @@ class Bind:
     def sizes() -> tuple[int, int]:
         """Return how much memory the parts need, in bytes."""
         return BIND.size, MAX_GROUPS * ALLOWED.size
+
+    def restore(self) -> None:
+        """Store what this process decided once more, where somebody has overwritten it."""
+        if self._decided is not None and self.allowed != self._decided:
+            self.allowed = self._decided
+        if self._grouping is not None:
+            self.group_by(*self._grouping)
 
     def release(self) -> None:
         """Let go of the memory."""
@@ -261,13 +272,17 @@ class Bind:
 
     @allowed.setter
     def allowed(self, bits: int) -> None:
+        self._decided = bits
         for group in range(MAX_GROUPS):
             self._allowed[group] = bits >> group * SLOTS_PER_GROUP & _MASK
 
     def allows(self, slot: int) -> bool:
-        """Tell whether a slot may serve this address."""
+        """Tell whether a slot may serve this address.
+
+        An empty bitmap allows all slots: it is never decided, only written by mistake.
+        """
         group, bit = divmod(slot, SLOTS_PER_GROUP)
-        return bool(self._allowed[group] >> bit & 1)
+        return bool(self._allowed[group] >> bit & 1) or not any(self._allowed)
 
     def group_by(self, what: int, seed: int) -> None:
         """Say what a connection's locality group depends on.
@@ -276,6 +291,7 @@ class Bind:
             what: an index into ``GROUP_BY``.
             seed: 32 bits that tell this address from others.
         """
+        self._grouping = what, seed
         self._words[_GROUP_BY] = what
         self._words[_SEED] = seed
 
@@ -291,8 +307,13 @@ class Columns(NamedTuple):
     events: list[int]  # requests in flight or queued
 
 
-def _control_word(name: str) -> Any:
-    """Make a property of a table out of a word of its control block."""
+def _control_word(name: str, decided: bool = False) -> Any:
+    """Make a property of a table out of a word of its control block.
+
+    Args:
+        name: the word.
+        decided: whether ``Table.restore`` stores again what was set last.
+    """
     word = CONTROL.index(name)
 
     def read(table: Table) -> int:
@@ -301,7 +322,29 @@ def _control_word(name: str) -> Any:
     def store(table: Table, value: int) -> None:
         table._control[word] = value
 
-    return property(read, store)
+    def decide(table: Table, value: int) -> None:
+        table._decided[word] = value
+        store(table, value)
+
+    return property(read, decide if decided else store)
+
+
+def tuned(name: str, value: float | str) -> tuple[str, int | float]:
+    """Check a setting of a running server that somebody wants to change.
+
+    Returns:
+        The attribute of ``Table`` to set, and its value.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    if name == "policy" and value in POLICIES:
+        return "policy", POLICIES.index(str(value))
+    if name == "threshold" and (value == 0 or 0.001 <= float(value) <= 3600):
+        return "hang_threshold_ns", round(float(value) * 1e9)
+    if name == "theta" and 0 <= float(value) <= 1000:
+        return "theta", float(value)
+    raise ValueError(f"{name} cannot be {value!r}")
 
 
 class Table:
@@ -323,10 +366,10 @@ class Table:
             has yet.
     """
 
-    slots: int = _control_word("slots")
-    hang_threshold_ns: int = _control_word("hang_threshold_ns")
-    policy: int = _control_word("policy")
-    localities: int = _control_word("localities")
+    slots: int = _control_word("slots", decided=True)
+    hang_threshold_ns: int = _control_word("hang_threshold_ns", decided=True)
+    policy: int = _control_word("policy", decided=True)
+    localities: int = _control_word("localities", decided=True)
     scheduled_ns: int = _control_word("scheduled_ns")
     look_at_ns: int = _control_word("look_at_ns")
     closing_since_ns: int = _control_word("closing_since_ns")
@@ -336,6 +379,7 @@ class Table:
         self._groups = memoryview(groups).cast("B")[: MAX_GROUPS * GROUP.size].cast("Q")
         self._rows = memoryview(rows).cast("B").cast("Q")
         self.capacity = len(self._rows) // WORKER.words
+        self._decided: dict[int, int] = {}
         if not self.localities:  # new memory
             self.localities = 1
 
@@ -356,7 +400,22 @@ class Table:
 
     @theta.setter
     def theta(self, value: float) -> None:
-        self._control[_THETA] = round(value * 1000)
+        self._decided[_THETA] = self._control[_THETA] = round(value * 1000)
+
+    def decided(self, name: str) -> int:
+        """Return what this process last stored in a word of the control block, or 0."""
+        return self._decided.get(CONTROL.index(name), 0)
+
+    def restore(self) -> None:
+        """Store what this process decided once more, where somebody has overwritten it."""
+        for word, value in self._decided.items():
+            if self._control[word] != value:
+                self._control[word] = value
+
+    @property
+    def in_use(self) -> int:
+        """How many slots are in use, whatever the table says: 1 to ``capacity``."""
+        return min(max(self.slots, 1), self.capacity)
 
     def row(self, slot: int) -> Row:
         """Read a slot's row."""
@@ -365,7 +424,7 @@ class Table:
 
     def rows(self) -> list[Row]:
         """Read the rows in use, the shared slot's first."""
-        return [self.row(slot) for slot in range(min(self.slots, self.capacity))]
+        return [self.row(slot) for slot in range(self.in_use)]
 
     def eligible(self) -> int:
         """Read the eligibility bitmap as one number, bit s for slot s."""
@@ -416,14 +475,17 @@ class Table:
         """Store the group's word of the bitmap as it follows from the rows.
 
         Anyone may do this at any time. A writer that was overtaken between reading
-        and storing sees that afterwards and does it again; one that is killed in
-        between leaves a stale word, which costs nothing worse than a detour, as
-        the program checks the row too, and is mended at the next call.
+        and storing sees that afterwards and does it again, a few times: the rows may
+        change without end. One that gives up, or is killed in between, leaves a stale
+        word, which costs nothing worse than a detour, as the program checks the row
+        too, and is mended at the next call.
         """
         first = group * SLOTS_PER_GROUP
         last = min(first + SLOTS_PER_GROUP, self.capacity)
         word = None
-        while word != (word := self._ready_bits(first, last)):
+        for _ in range(_TRIES):
+            if word == (word := self._ready_bits(first, last)):
+                break
             self._groups[group * GROUP.words + _ELIGIBLE] = word
 
     def _ready_bits(self, first: int, last: int) -> int:
@@ -435,6 +497,24 @@ class Table:
             if state == READY and drained[bit] != 1:
                 word |= 1 << bit
         return word & ~1 if first == SHARED_SLOT else word
+
+    def restore_rows(self, owned: Collection[int], drained: Collection[int]) -> None:
+        """Restore the arbiter's words of the rows, where somebody has overwritten them.
+
+        Args:
+            owned: the slots that have an owner; all others are free.
+            drained: those of them that are to be sent nothing more.
+        """
+        states = self._rows[_STATE :: WORKER.words].tolist()
+        marks = self._rows[_DRAINED :: WORKER.words].tolist()
+        for slot, (state, mark) in enumerate(zip(states, marks, strict=True)):
+            if slot not in owned:
+                if state != FREE or mark:
+                    self.release(slot)
+            elif (mark == 1) != (slot in drained):
+                self.drain(slot, slot in drained)
+        for group in range(-(-self.capacity // SLOTS_PER_GROUP)):
+            self.refresh_eligible(group)
 
     def claim(self, slot: int, waiting: int = 0) -> None:
         """Prepare a slot for a new owner that is about to be forked.
@@ -461,7 +541,7 @@ class Table:
         """
         self.set_state(slot, FREE)
         at = slot * WORKER.words
-        for word in (_BUSY_SINCE, _REQUESTS, _CONNECTIONS, _FROZEN):
+        for word in (_BUSY_SINCE, _REQUESTS, _CONNECTIONS, _FROZEN, _DRAINED):
             self._rows[at + word] = 0
         self.book(slot, waiting)
 
@@ -490,7 +570,7 @@ class Table:
 
     def queues(self) -> list[int]:
         """List the workers' slots to which more connections were sent than were taken."""
-        end = min(self.slots, self.capacity) * WORKER.words
+        end = self.in_use * WORKER.words
         # Nobody settles what was sent to the shared slot.
         dispatched = self._rows[WORKER.words + _DISPATCHED : end : WORKER.words].tolist()
         settled = self._rows[WORKER.words + _SETTLED : end : WORKER.words].tolist()
@@ -504,7 +584,7 @@ class Table:
 
     def sent(self) -> int:
         """Count the connections dispatched to all slots."""
-        end = min(self.slots, self.capacity) * WORKER.words
+        end = self.in_use * WORKER.words
         return sum(self._rows[_DISPATCHED : end : WORKER.words].tolist())
 
     def drain(self, slot: int, drained: bool) -> None:
@@ -679,6 +759,9 @@ class Publisher:
     def refresh(self) -> None:
         """Publish anew all that stays as it is, should someone have scribbled over it."""
         self._words[_PID] = self._pid
+        self._words[_FROZEN] = 0  # the loop turns, for it calls this
+        if self._words[_RESCUED_AT] > monotonic_ns():
+            self._words[_RESCUED_AT] = 0
         if self._words[_DRAINED] > 1:
             self._words[_DRAINED] = 0
         self._words[_CAPACITY] = self._capacity

@@ -76,7 +76,7 @@ class Admission:
 
     def _better(self, only_in_poll: bool) -> list[int]:
         table, slot = self._publisher.table, self._publisher.slot
-        columns = table.group(0, min(table.slots, table.capacity))
+        columns = table.group(0, max(table.in_use, slot + 1))
         now, threshold_ns = monotonic_ns(), table.hang_threshold_ns
         if self._publisher.drained:
             others = range(len(columns.state))

@@ -12,6 +12,7 @@ import os
 import platform
 import posix
 import resource
+import signal
 import socket
 import struct
 from collections.abc import Callable
@@ -222,12 +223,16 @@ def load_program(program: Program, maps: dict[str, Map]) -> tuple[int, bool]:
         BpfError: with the verifier's log.
     """
     instructions = program.relocated({name: map.fd for name, map in maps.items()})
+    # A signal that arrives makes the verifier give up (EAGAIN); it takes milliseconds.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         return _load(program, instructions, _ATTACH_SK_REUSEPORT_SELECT_OR_MIGRATE), True
     except BpfError as error:
         if error.errno != errno.EINVAL or error.log.strip():
             raise
-    return _load(program, instructions, 0), False
+        return _load(program, instructions, 0), False
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _load(program: Program, instructions: bytes, attach_type: int, log_size: int = 0) -> int:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+from hermes_gunicorn import privileges
 from hermes_gunicorn.monitor import control
 from hermes_gunicorn.monitor.watch import EVERY, Watch
 from hermes_gunicorn.table import Bind, Table
@@ -41,6 +42,7 @@ def main(channel: int, listener: int = -1) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_NAME, b"hermes-monitor", 0, 0, 0)
     arbiter = socket.socket(fileno=channel)
     watch = Watch()
+    watch.tell = lambda change: arbiter.send(json.dumps(change).encode())
     about = _told(arbiter, watch)
     if about is None:
         return
@@ -65,7 +67,10 @@ def main(channel: int, listener: int = -1) -> None:
 
 def _told(arbiter: socket.socket, watch: Watch) -> dict[str, Any] | None:
     """Take what the arbiter tells; None when it is gone."""
-    message, fds, _, _ = socket.recv_fds(arbiter, _MESSAGE, _FDS)
+    try:
+        message, fds, _, _ = socket.recv_fds(arbiter, _MESSAGE, _FDS)
+    except ConnectionError:  # it ended without reading what it was told
+        return None
     if not message:
         return None
     about: dict[str, Any] = json.loads(message)
@@ -96,6 +101,7 @@ def _drop_privileges(about: dict[str, Any]) -> None:
         os.setgroups([])
         os.setgid(about["gid"])
         os.setuid(about["uid"])
+    privileges.drop()
 
 
 def _close_all_but(*kept: int) -> None:

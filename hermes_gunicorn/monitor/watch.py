@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ from hermes_gunicorn.table import (
     Bind,
     Row,
     Table,
+    tuned,
 )
 
 __all__ = ["EVERY", "Watch"]
@@ -66,10 +68,12 @@ class Watch:
     Attributes:
         table: the worker status table.
         about: what the arbiter has told.
+        tell: tells the arbiter what somebody has changed.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.tell: Callable[[dict[str, Any]], object] = lambda change: None
         self.table = Table.private()
         self.about: dict[str, Any] = {"binds": []}
         self._binds: list[Bind] = []
@@ -282,14 +286,9 @@ class Watch:
             ValueError: saying what is wrong.
         """
         with self._lock:
-            if name == "policy" and value in POLICIES:
-                self.table.policy = POLICIES.index(str(value))
-            elif name == "threshold" and (value == 0 or 0.001 <= float(value) <= 3600):
-                self.table.hang_threshold_ns = round(float(value) * 1e9)
-            elif name == "theta" and 0 <= float(value) <= 1000:
-                self.table.theta = float(value)
-            else:
-                raise ValueError(f"{name} cannot be {value!r}")
+            attribute, number = tuned(name, value)
+            self.tell({"set": name, "value": value})  # first, or the arbiter may undo it
+            setattr(self.table, attribute, number)
             self._event("set", f"{name} is {value}")
 
     def drain(self, slot: int, drained: bool) -> None:
@@ -299,8 +298,9 @@ class Watch:
             ValueError: there is no such worker.
         """
         with self._lock:
-            if not SHARED_SLOT < slot < self.table.slots or self.table.row(slot).state != READY:
+            if not SHARED_SLOT < slot < self.table.in_use or self.table.row(slot).state != READY:
                 raise ValueError(f"slot {slot} has no worker that is ready")
+            self.tell({"drain": slot, "drained": drained})
             self.table.drain(slot, drained)
             self._event("set", "drained" if drained else "no more drained", slot)
 

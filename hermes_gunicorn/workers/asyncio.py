@@ -29,6 +29,10 @@ _STARTS_WITHIN: Final = 0.005  # seconds from accepting a connection to its requ
 _NO_FILES: Final = 1.0  # seconds to wait when no more can be opened, as asyncio does
 
 
+def _nothing() -> None:
+    pass
+
+
 class _Connection(socket.socket):
     """Tells when it is closed: asyncio closes the socket object, uvloop detaches it."""
 
@@ -287,11 +291,19 @@ class HermesAsyncioMixin(HermesMixin):
         uvicorn's worker notifies the arbiter far more seldom.
         """
         self._loop.call_later(1.0, self._each_second)
+        self._loop.call_soon(_nothing)  # or uvloop's turn is none, to others
         self.mend()
         self._follow()
 
     def _take(self, index: int, listener: Any) -> bool:
         return self._servers[index].take_from(listener.sock, own=False)
+
+    def accept_own(self, index: int) -> bool:
+        """Accept what the loop did not report."""
+        server = self._servers.get(index)
+        return bool(
+            server and self.has_room() and server.take_from(self.sockets[index].sock, own=True)
+        )
 
     def has_room(self) -> bool:
         """Tell whether one more connection may be accepted."""

@@ -7,6 +7,7 @@ accept of a connection, its end.
 from __future__ import annotations
 
 import errno
+import os
 import time
 from functools import partial
 from typing import Any
@@ -203,6 +204,18 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
         self.accepted_in = 1
         return self._servers[index].take_from(listener)
 
+    def accept_own(self, index: int) -> bool:
+        """Accept what the loop did not report."""
+        before = self.publisher.accepted
+        self._servers[index]._do_read()
+        return self.publisher.accepted != before
+
+    def abandon(self) -> None:
+        """In a child that the application forked: its copy of the loop serves nobody."""
+        for server in getattr(self, "_servers", ()):
+            server.stop_accepting()
+        super().abandon()
+
     def has_just_accepted(self) -> bool:
         """Tell whether a connection was accepted whose greenlet has not run yet."""
         if self.accepted_in == 1:
@@ -245,6 +258,8 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
         try:
             super().notify()
         except SystemExit:
+            if os.getpid() != self.pid:
+                raise  # a child that the application forked
             self._is_orphan = True
             self.alive = False
 

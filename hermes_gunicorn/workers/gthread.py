@@ -145,6 +145,11 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
     def _accept_from(self, index: int, listener: Any) -> bool:
         return self._count((*_name(listener), listener), False)
 
+    def accept_own(self, index: int) -> bool:
+        """Accept what the poller did not report."""
+        listener = self.sockets[index]
+        return self._has_room() and self._count((*_name(listener), listener), True)
+
     def enqueue_req(self, conn: Any) -> None:
         """Count the request from here on, until ``finish_request``."""
         if not conn.initialized:

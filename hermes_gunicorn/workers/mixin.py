@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from time import monotonic, monotonic_ns
 from typing import TYPE_CHECKING, Any, Final
 
-from hermes_gunicorn import arbiter, policy
+from hermes_gunicorn import arbiter, forks, policy, privileges
 from hermes_gunicorn.dispatch.shared import Admission
 from hermes_gunicorn.keeping import Keeping, waited_for_cores
 from hermes_gunicorn.listener import waiting
@@ -30,6 +32,9 @@ _BOOKED_WITHIN: Final = 0.01  # seconds: the kernel chooses first and books then
 _WEIGHS: Final = 1.0  # seconds between decisions whether to keep connections
 _WEIGHS_IF_HELD: Final = 0.2  # the same, where requests hold the loop
 _SELDOM: Final = 1.0  # seconds between looks by a worker that does not help
+_REFRESHES: Final = (
+    0.9  # seconds between looks at the own row and queue, by what is called each second
+)
 _QUIET_NS: Final = 3_000_000_000  # without a dispatch for so long, none is on its way
 
 
@@ -61,6 +66,8 @@ class HermesMixin(_Base):  # type: ignore[misc]
     _refreshed = 0.0
     _weighed = float("inf")
     _left = 0.0
+    _accepted = 0  # ``publisher.accepted`` at the last look at the own queue
+    _reported: frozenset[str] = frozenset()
     _owed = 0  # ``publisher.accepted`` when all is taken that waited at ``leave``
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -79,6 +86,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
     def init_process(self) -> None:
         """Run the worker, from just after the fork to its end."""
         self.publisher = self.assignment.take_up() if self.assignment else Publisher.unseen()
+        forks.in_foreign_child(self.abandon)
         # With TLS a new connection costs more than all but the longest waits.
         always = self.cfg.hermes_keepalive == "always" or self.cfg.is_ssl
         self.keeping = Keeping(always or not self.may_close)
@@ -96,8 +104,19 @@ class HermesMixin(_Base):  # type: ignore[misc]
         that must be killed after graceful_timeout, with the requests it serves.
         """
         super().init_signals()
+        # After the user was changed, which takes some sets of capabilities only, and before
+        # the application is loaded.
+        privileges.drop()
         if self.assignment and self.assignment.told_to_stop():
             self.alive = False
+
+    def abandon(self) -> None:
+        """In a child that the application forked: let go of what is this worker's alone."""
+        self._rescuer = None
+        for sock, exclusive in zip(self.sockets, self.exclusive(), strict=False):
+            if exclusive:
+                with contextlib.suppress(AttributeError, OSError):  # it is closed already
+                    socket.close(sock.detach())  # gevent's os.close would wait for the loop
 
     def exclusive(self) -> list[bool]:
         """Say for each of ``sockets`` whether it is this worker's alone."""
@@ -116,7 +135,17 @@ class HermesMixin(_Base):  # type: ignore[misc]
         Then ``serves`` denies it as well, until ``until_served`` is over.
         """
         admission = self._admissions.get(index)
-        return admission is None or admission.admits()
+        try:
+            return admission is None or admission.admits()
+        except Exception as error:
+            self._report(error)
+            return True
+
+    def _report(self, error: Exception) -> None:
+        """Log an error of ours, once: it may come back at every turn of the loop."""
+        if repr(error) not in self._reported:
+            self._reported |= {repr(error)}
+            self.log.error("hermes: unexpected error; the worker keeps serving", exc_info=error)
 
     def until_served(self) -> float:
         """Return in how many seconds to ask ``serves`` again; 0 is no such time.
@@ -285,7 +314,31 @@ class HermesMixin(_Base):  # type: ignore[misc]
         """Once a second see to the row; to be called as often or more."""
         self._weigh(_WEIGHS)
         now = monotonic()
-        if now - self._refreshed >= 1:
+        if now - self._refreshed >= _REFRESHES:
             self._refreshed = now
             self.publisher.refresh()
             self.settle()
+            self._look_at_own()
+
+    def _look_at_own(self) -> None:
+        """Accept what waits without having been reported by poll.
+
+        Kernels without a fix of 2026 move connections to this queue without waking anybody,
+        and with a single worker no sibling finds them. If poll works, something was accepted.
+        """
+        stuck = self.publisher.accepted == self._accepted
+        self._accepted = self.publisher.accepted
+        if not stuck or self._left:
+            return
+        for index, (sock, exclusive) in enumerate(zip(self.sockets, self.exclusive(), strict=True)):
+            count = waiting(sock) if exclusive else 0
+            for _ in range(min(count, 1) if self.holds else count):
+                if not self.accept_own(index):
+                    break
+
+    def accept_own(self, index: int) -> bool:
+        """Accept from ``sockets[index]`` if there is room; return whether there was something.
+
+        For classes whose poll tells only what it was woken for.
+        """
+        return False

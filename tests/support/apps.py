@@ -5,10 +5,13 @@ import contextlib
 import ctypes
 import itertools
 import json
+import multiprocessing
 import os
 import re
+import subprocess
 import sys
 import time
+from select import epoll  # gevent takes it away
 
 worker = None
 
@@ -40,6 +43,55 @@ def table():
         "binds": [bind.counters() for bind in worker.assignment.binds],
         "rows": [vars(row) | {"queued": row.queued} for row in publisher.table.rows()],
     }
+
+
+def child(kind):
+    """Start a process that stays for a while, and return its id."""
+    if kind in ("fork", "turning"):  # the latter turns its copy of the loop
+        sleep = original_sleep() if kind == "fork" else time.sleep
+        pid = os.fork()
+        if not pid:
+            sleep(20)
+            os._exit(0)
+        return pid
+    if kind == "multiprocessing":
+        sleep = original_sleep()
+        process = multiprocessing.get_context("fork").Process(target=sleep, args=(20,))
+        process.start()
+        return process.pid
+    # What Popen closes by itself is not the point here.
+    return subprocess.Popen(["sleep", "20"], close_fds=False).pid
+
+
+def deafen():
+    """Have the loop's poll report nothing of the worker's own listeners any more."""
+    own = [s for s, mine in zip(worker.sockets, worker.exclusive(), strict=True) if mine]
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventpoll]":
+                continue
+        except OSError:
+            continue
+        poll = epoll.fromfd(os.dup(fd))
+        for sock in own:
+            with contextlib.suppress(OSError):
+                poll.unregister(sock)
+
+
+def overwrite(part, word, value):
+    """Store a value in a word of the table: of every row, group, or bind."""
+    memory = worker.publisher.table
+    binds = worker.assignment.binds
+    areas = {
+        "control": [(memory._control, 8)],
+        "groups": [(memory._groups, 2)],
+        "rows": [(memory._rows, 16)],
+        "binds": [(bind._words, 16) for bind in binds],
+        "allowed": [(bind._allowed, 1) for bind in binds],
+    }
+    for words, stride in areas[part]:
+        for at in range(int(word), len(words), stride):
+            words[at] = int(value)
 
 
 def upgrade(environ):
@@ -84,12 +136,16 @@ def answer(path, query):
         body = str(worker.publisher.table.hang_threshold_ns).encode()
     elif path == "/slot":
         body = str(worker.publisher.slot).encode()
-    elif path == "/policy":
-        worker.publisher.table.policy = int(query)
     elif path == "/scramble":
         memory = worker.publisher.table
         for words in (memory._rows, memory._groups, memory._control):
             words[:] = memoryview(os.urandom(words.nbytes)).cast("Q")
+    elif path == "/deafen":
+        deafen()
+    elif path == "/overwrite":
+        overwrite(*query.split(","))
+    elif path == "/child":
+        body = str(child(query)).encode()
     elif path == "/spin":
         mark()
         until = time.monotonic() + float(query)

@@ -104,7 +104,7 @@ def fillings(slots: int) -> st.SearchStrategy[Filling]:
         localities=st.sampled_from([1, 1, 2, 3] if slots >= SLOTS_PER_GROUP else [1, 3]),
         seed=st.integers(0, 15),
         threshold_ns=st.sampled_from([0, THRESHOLD, THRESHOLD]),
-        allowed=st.one_of(st.just(ALL_SLOTS), bits),
+        allowed=st.one_of(st.just(ALL_SLOTS), bits, st.just(0)),
         stale=st.one_of(st.just(0), bits),
         selected=st.one_of(st.just(ALL_SLOTS), bits, bits),
     )
@@ -131,7 +131,7 @@ def fit(view: policy.View) -> set[int]:
         row.slot
         for row in view.rows
         if row.slot != SHARED_SLOT
-        and view.eligible & view.allowed & 1 << row.slot
+        and view.usable & 1 << row.slot
         and row.state == READY
         and not row.frozen_since_ns
         and not policy.is_hung(row.busy_since_ns, now, view.threshold_ns)

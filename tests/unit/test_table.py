@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import time
@@ -251,3 +252,64 @@ def test_a_first_turn_that_began_without_poll_is_no_turn_since_the_machine_was_b
     pen.at_turn(lambda woke_ns: called.append(woke_ns) or 0)
     pen.polls()
     assert before <= called[0] <= time.monotonic_ns()
+
+
+def test_a_bitmap_whose_rows_change_without_end_is_left_for_later(shared, monkeypatch):
+    flickering = itertools.cycle([0b10, 0b100])
+    monkeypatch.setattr(shared, "_ready_bits", lambda first, last: next(flickering))
+    shared.refresh_eligible(0)  # returns
+    monkeypatch.undo()
+    shared.set_state(1, READY)
+    assert shared.eligible() == 0b10
+
+
+def test_a_bind_that_allows_nobody_allows_everybody():
+    bind = table.Bind(*map(bytearray, table.Bind.sizes()))
+    bind.allowed = 1 << 70
+    assert [slot for slot in (1, 70, 71) if bind.allows(slot)] == [70]
+    bind._allowed[1] = 0
+    assert all(bind.allows(slot) for slot in (0, 1, 70, 1023))
+    bind.restore()
+    assert [slot for slot in (1, 70, 71) if bind.allows(slot)] == [70]
+
+
+def test_what_was_decided_is_restored_and_what_any_worker_stores_is_not(shared):
+    shared.policy, shared.theta, shared.localities = 1, 0.25, 2
+    shared.look_at_ns = 77
+    shared._control[:] = memoryview(bytes(shared._control.nbytes)).cast("Q")
+    shared.look_at_ns = 78
+    shared.restore()
+    assert (shared.policy, shared.theta, shared.localities) == (1, 0.25, 2)
+    assert shared.slots == shared.decided("slots") == 3 * table.SLOTS_PER_GROUP
+    assert shared.look_at_ns == 78
+
+
+def test_a_slot_without_an_owner_is_free_again_whatever_was_stored_there(shared):
+    for slot in (1, 2, 130):
+        shared.set_state(slot, READY)
+    shared.drain(1, True)
+    shared.drain(2, True)
+    shared.restore_rows(owned={1, 2}, drained={2})
+    assert shared.eligible() == 0b10
+    assert shared.row(130).state == FREE
+    assert (shared.row(1).drained, shared.row(2).drained) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "stored"),
+    [
+        ("policy", "cascade", ("policy", 1)),
+        ("threshold", 0.5, ("hang_threshold_ns", 500_000_000)),
+        ("theta", 2, ("theta", 2.0)),
+    ],
+)
+def test_a_setting_can_be_tuned_within_limits(name, value, stored):
+    assert table.tuned(name, value) == stored
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("policy", "best"), ("threshold", -1), ("theta", 1e9), ("slots", 1)]
+)
+def test_what_is_no_setting_or_out_of_its_limits_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} cannot be"):
+        table.tuned(name, value)
