@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import weakref
 
 __all__ = ["Mapping", "Memory"]
 
@@ -12,7 +13,8 @@ __all__ = ["Mapping", "Memory"]
 class Mapping:
     """Memory shared through a file descriptor, without keeping that open.
 
-    Python's own mmap keeps a duplicate, so every worker would hold one of each map.
+    Python's own mmap keeps a duplicate, so every worker would hold one of each map. It is
+    unmapped when it is closed, or when nothing refers to its bytes any more.
 
     Attributes:
         memory: the bytes, writable.
@@ -28,16 +30,19 @@ class Mapping:
         self._libc.mmap.argtypes = (ctypes.c_void_p, size_t, *(integer,) * 3, offset)
         self._libc.munmap.argtypes = (ctypes.c_void_p, size_t)
         protection = mmap.PROT_READ | mmap.PROT_WRITE
-        self._address = self._libc.mmap(None, size, protection, mmap.MAP_SHARED, fd, 0)
-        if self._address == ctypes.c_void_p(-1).value:
+        address = self._libc.mmap(None, size, protection, mmap.MAP_SHARED, fd, 0)
+        if address == ctypes.c_void_p(-1).value:
             raise OSError(ctypes.get_errno(), "mmap")
         self.size = size
-        self.memory = memoryview((ctypes.c_char * size).from_address(self._address)).cast("B")
+        held = (ctypes.c_char * size).from_address(address)
+        self._unmap = weakref.finalize(held, self._libc.munmap, address, size)
+        self._unmap.atexit = False  # some of it may be in use until the very end
+        self.memory = memoryview(held).cast("B")
 
     def close(self) -> None:
         """Unmap it; an error while views of it are in use."""
         self.memory.release()
-        self._libc.munmap(self._address, self.size)
+        self._unmap()
 
 
 class Memory:
