@@ -166,7 +166,8 @@ class Coordinator:
         lifecycle.after_setup(server, lambda: install(server.cfg))
         lifecycle.keep_configuration(server)
         lifecycle.after_failed_upgrade(server, self.take_back)
-        self._monitor = Monitor(server.pid, server.log, self._shown)
+        self._monitor = Monitor(server, self._shown)
+        lifecycle.at_turn(server, self._monitor.turn)
         self._statsd = Reporter(self.table)
         lifecycle.at_turn(server, self._report_metrics)
 
@@ -397,6 +398,7 @@ class Coordinator:
 
     def hand_over(self) -> None:
         """Make way for the arbiter that is about to be executed."""
+        self._monitor.hand_over()
         for dispatcher in self.dispatchers.values():
             dispatcher.hand_over()
 
