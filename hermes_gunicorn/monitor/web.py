@@ -27,16 +27,16 @@ from typing import Any, Final
 
 from hermes_gunicorn.monitor.watch import Watch
 
+log = logging.getLogger("hermes")
+
 try:
     from hermes_gunicorn.monitor import metrics
-except ModuleNotFoundError as error:
-    if error.name != "prometheus_client":
-        raise
+except Exception as error:
     metrics = None  # type: ignore[assignment]
+    if not isinstance(error, ModuleNotFoundError) or error.name != "prometheus_client":
+        log.warning("hermes: no /metrics: prometheus_client cannot be used: %r", error)
 
 __all__ = ["serve"]
-
-log = logging.getLogger("hermes")
 
 _AT_ONCE: Final = 32  # connections
 _SLOWEST: Final = 5.0  # seconds that a connection has
