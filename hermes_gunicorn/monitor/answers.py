@@ -10,7 +10,18 @@ from __future__ import annotations
 import functools
 import math
 import types
-from typing import Any, Final, NewType, TypedDict, Union, get_args, get_origin, get_type_hints
+from dataclasses import is_dataclass
+from typing import (
+    Any,
+    Final,
+    NewType,
+    TypedDict,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from hermes_gunicorn.errors import HermesError
 from hermes_gunicorn.table import MAX_SLOTS, Row
@@ -163,7 +174,7 @@ def read(kind: Any, value: Any, where: str = "") -> Any:
     elif get_origin(kind) in (Union, types.UnionType):
         chosen, _ = get_args(kind)  # X | None
         return None if value is None else read(chosen, value, where)
-    elif hasattr(kind, "__annotations__") and kind is not Bitmap:
+    elif is_typeddict(kind) or is_dataclass(kind):
         if isinstance(value, dict):
             return _read_fields(kind, value, where)
     elif kind is str:
