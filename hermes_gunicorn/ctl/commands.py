@@ -40,7 +40,7 @@ out = Console(**_PLAIN)
 err = Console(**_PLAIN, stderr=True)
 _LIVE: Any = {"screen": True, "auto_refresh": False}
 _PER_USER = 16  # servers of another user that are asked, and errors that are shown
-_ASKED_AGAIN = 30.0  # seconds
+_ASKED_AGAIN = 10.0  # seconds
 
 Sort = Enum("Sort", [(name, name) for name in tables.SORTS], type=str)  # type: ignore[misc]
 Tunable = Enum(

@@ -252,6 +252,7 @@ def test_reloads_leave_no_mapping_behind(start, port, mode):
     def addresses() -> int:
         return ask(port).text.count('"mode": ')
 
+    wait_for(lambda: listens(port), "the statistics")
     wait_for(lambda: addresses() == 2, "both addresses")
     before = mappings(server)
     process = monitor(server)
