@@ -192,7 +192,8 @@ class Coordinator:
         lifecycle.keep_for_upgrade(server)
         lifecycle.after_failed_upgrade(server, self.take_back)
         forks.in_foreign_child(self.abandon)
-        self._monitor = Monitor(server.pid, server.log, self._shown)
+        self._monitor = Monitor(server, self._shown)
+        lifecycle.at_turn(server, self._monitor.turn)
         self._statsd = Reporter(self.table)
         self._keep = lifecycle.at_turn(server, self._keep_dispatching)
         lifecycle.at_turn(server, self._report_metrics)
@@ -416,7 +417,6 @@ class Coordinator:
                 bind.restore()
         self.table.restore_rows(self._slots.owned(), self._drained)
         self._obey()  # what came meanwhile and was just overwritten
-        self._monitor.catch_up()
 
     def _obey(self) -> None:
         """Decide what somebody has changed through the control socket."""
@@ -547,6 +547,7 @@ class Coordinator:
 
     def hand_over(self) -> None:
         """Make way for the arbiter that is about to be executed."""
+        self._monitor.hand_over()
         for dispatcher in self.dispatchers.values():
             dispatcher.hand_over()
 

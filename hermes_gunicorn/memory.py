@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import weakref
 from typing import Final
 
 __all__ = ["Mapping", "Memory", "make_private"]
@@ -22,6 +23,11 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
+def _unmap(libc: ctypes.CDLL, address: int, size: int) -> None:
+    _mapped.pop(address, None)
+    libc.munmap(address, size)
+
+
 def make_private() -> None:
     """In a child that shall not speak for its parent: put empty memory in place of the shared.
 
@@ -37,7 +43,8 @@ def make_private() -> None:
 class Mapping:
     """Memory shared through a file descriptor, without keeping that open.
 
-    Python's own mmap keeps a duplicate, so every worker would hold one of each map.
+    Python's own mmap keeps a duplicate, so every worker would hold one of each map. It is
+    unmapped when it is closed, or when nothing refers to its bytes any more.
 
     Attributes:
         memory: the bytes, writable.
@@ -49,18 +56,20 @@ class Mapping:
     def __init__(self, fd: int, size: int) -> None:
         self._libc = _libc()
         protection = mmap.PROT_READ | mmap.PROT_WRITE
-        self._address = self._libc.mmap(None, size, protection, mmap.MAP_SHARED, fd, 0)
-        if self._address == ctypes.c_void_p(-1).value:
+        address = self._libc.mmap(None, size, protection, mmap.MAP_SHARED, fd, 0)
+        if address == ctypes.c_void_p(-1).value:
             raise OSError(ctypes.get_errno(), "mmap")
         self.size = size
-        _mapped[self._address] = size
-        self.memory = memoryview((ctypes.c_char * size).from_address(self._address)).cast("B")
+        _mapped[address] = size
+        held = (ctypes.c_char * size).from_address(address)
+        self._unmap = weakref.finalize(held, _unmap, self._libc, address, size)
+        self._unmap.atexit = False  # some of it may be in use until the very end
+        self.memory = memoryview(held).cast("B")
 
     def close(self) -> None:
         """Unmap it; an error while views of it are in use."""
         self.memory.release()
-        _mapped.pop(self._address, None)
-        self._libc.munmap(self._address, self.size)
+        self._unmap()
 
 
 class Memory:

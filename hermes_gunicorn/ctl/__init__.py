@@ -8,6 +8,7 @@ doctor.py    what this host and this user can do
 
 from __future__ import annotations
 
+import io
 import sys
 
 __all__ = ["main"]
@@ -21,4 +22,7 @@ def main() -> None:
         if error.name not in ("typer", "rich"):
             raise
         sys.exit(f"hermesctl needs {error.name}: pip install 'hermes-gunicorn[ctl]'")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a name that this terminal cannot show
     app(prog_name="hermesctl")

@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console, Group
 from rich.live import Live
+from rich.text import Text
 
 from hermes_gunicorn import policy
 from hermes_gunicorn.ctl import doctor as checks
 from hermes_gunicorn.ctl import tables
 from hermes_gunicorn.errors import HermesError
 from hermes_gunicorn.monitor import control
+from hermes_gunicorn.monitor.control import Found
 from hermes_gunicorn.table import Row
 
 __all__ = ["app"]
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
-out = Console(highlight=False, soft_wrap=True)
-err = Console(highlight=False, soft_wrap=True, stderr=True)
+app = typer.Typer(
+    help=__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,  # which may hold what others have said
+)
+# Texts are shown as they are: "[fd00::5]" is an address.
+_PLAIN: Any = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
+out = Console(**_PLAIN)
+err = Console(**_PLAIN, stderr=True)
+_LIVE: Any = {"screen": True, "auto_refresh": False}
+_PER_USER = 16  # servers of another user that are asked, and errors that are shown
+_ASKED_AGAIN = 10.0  # seconds
 
 Sort = Enum("Sort", [(name, name) for name in tables.SORTS], type=str)  # type: ignore[misc]
 Tunable = Enum(
@@ -40,44 +57,86 @@ def _fail(text: str, code: int = 2) -> typer.Exit:
     return typer.Exit(code)
 
 
-def _servers(chosen: int | None) -> list[int]:
+def _servers(chosen: int | None) -> list[Found]:
+    found = control.servers(chosen)
     if chosen is not None:
-        return [chosen]
-    found = control.servers()
-    ours = [each.arbiter for each in found if each.allowed]
-    if not ours and found:
-        raise _fail("the servers here belong to other users; ask as one of them, or as root")
-    if not ours:
+        found = [each for each in found if each.pid == chosen]
+        if not found:
+            raise _fail(f"there is no server with pid {chosen}")
+        if not found[0].allowed:
+            raise _fail(f"{found[0]} belongs to another user; ask as that user or as root")
+        return found
+    if not found:
         raise _fail("no server found; is it on this host, in this network namespace?")
-    return ours
+    ours = [each for each in found if each.allowed and each.pid]
+    if ours:
+        return ours
+    if any(each.allowed for each in found):
+        raise _fail("the servers here are in other pid namespaces; ask in there (docker exec)")
+    raise _fail("the servers here belong to other users; ask as one of them, or as root")
 
 
-def _one(chosen: int | None) -> int:
+def _one(chosen: int | None) -> Found:
     servers = _servers(chosen)
     if len(servers) > 1:
-        raise _fail(
-            f"there are several servers, say which: --server {' or '.join(map(str, servers))}"
-        )
+        which = " or ".join(str(each).removeprefix("server ") for each in servers[:_PER_USER])
+        raise _fail(f"there are several servers, say which: --server {which}")
     return servers[0]
 
 
-def _ask(server: int, what: str, **asked: Any) -> Any:
+def _ask(server: Found, what: str, **asked: Any) -> Any:
     try:
         return control.ask(server, what, **asked)
     except HermesError as error:
         raise _fail(str(error)) from error
 
 
-def _statuses(chosen: int | None) -> list[dict[str, Any]]:
-    servers, found = _servers(chosen), []
+@dataclass
+class _Look:
+    """What a look at the servers has shown.
+
+    Attributes:
+        statuses: of those that answered.
+        errors: a line for each that did not, by the server.
+    """
+
+    statuses: list[dict[str, Any]] = field(default_factory=list)
+    errors: dict[Found, str] = field(default_factory=dict)
+
+
+def _look(servers: list[Found]) -> _Look:
+    """Ask servers how they are, all at the same time; none of them can hide another."""
+    seen = _Look()
+    users: Counter[int] = Counter()
+    asked = []
     for each in servers:
+        users[each.uid] += 1
+        if each.uid == os.geteuid() or users[each.uid] <= _PER_USER:
+            asked.append(each)
+        else:
+            seen.errors[each] = f"{each} is not asked: that user has {_PER_USER} already"
+
+    def ask(server: Found) -> dict[str, Any] | HermesError:
         try:
-            found.append(control.ask(each, "status"))
+            status = dict(control.ask(server, "status"))
         except HermesError as error:
-            # One of several may have ended since they were looked for.
-            if len(servers) == 1:
-                raise _fail(str(error)) from error
-    return found
+            return error
+        return status | {"arbiter": server.pid, "user": server.user}
+
+    with ThreadPoolExecutor(max(len(asked), 1)) as pool:
+        for each, answer in zip(asked, pool.map(ask, asked), strict=True):
+            if isinstance(answer, HermesError):
+                seen.errors[each] = str(answer)
+            else:
+                seen.statuses.append(answer)
+    return seen
+
+
+def _complain(seen: _Look) -> None:
+    for error in list(seen.errors.values())[:_PER_USER]:
+        err.print(error, style="red")
+    if len(seen.errors) > _PER_USER:
+        err.print(f"and {len(seen.errors) - _PER_USER} more without an answer", style="red")
 
 
 @app.command()
@@ -89,35 +148,43 @@ def top(
     interval: Annotated[float, typer.Option(min=0.2, help="seconds between looks")] = 1.0,
 ) -> None:
     """Show every worker of every server, live."""
-
-    def look() -> list[dict[str, Any]]:
-        return _statuses(server)
-
-    if as_json:
-        print(json.dumps(look()))
-    elif once or not sys.stdout.isatty():
-        out.print(Group(*(tables.server(each, sort.value) for each in look())))
-    else:
-        with Live(console=out, screen=True, auto_refresh=False) as live:
-            try:
-                while True:
-                    shown = (tables.server(each, sort.value) for each in look())
-                    live.update(Group(*shown), refresh=True)
-                    time.sleep(interval)
-            except KeyboardInterrupt:
-                return
+    if as_json or once or not sys.stdout.isatty():
+        seen = _look(_servers(server))
+        if as_json:
+            print(json.dumps(seen.statuses))
+        else:
+            out.print(Group(*(tables.server(each, sort.value) for each in seen.statuses)))
+        _complain(seen)
+        if not seen.statuses:
+            raise typer.Exit(2)
+        return
+    silent: dict[Found, tuple[float, str]] = {}  # not asked again until then: it takes seconds
+    with contextlib.suppress(KeyboardInterrupt), Live(console=out, **_LIVE) as live:
+        while True:
+            silent = {each: late for each, late in silent.items() if late[0] > time.monotonic()}
+            found = _servers(server)
+            seen = _look([each for each in found if each not in silent])
+            for each, error in seen.errors.items():
+                silent[each] = time.monotonic() + _ASKED_AGAIN, error
+            shown: list[Any] = [tables.server(each, sort.value) for each in seen.statuses]
+            shown += [Text(error, "red") for _, error in list(silent.values())[:_PER_USER]]
+            live.update(Group(*shown), refresh=True)
+            time.sleep(interval)
 
 
 @app.command()
 def status(server: Server = None, as_json: AsJson = False) -> None:
     """Say whether all is well; the exit code is 0 if so, 1 if not, 2 without an answer."""
-    found = _statuses(server)
+    seen = _look(_servers(server))
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(seen.statuses))
     else:
-        for each in found:
+        for each in seen.statuses:
             out.print(tables.headline(each))
-    if not all(each["healthy"] for each in found):
+    _complain(seen)
+    if seen.errors:
+        raise typer.Exit(2)
+    if not all(each["healthy"] for each in seen.statuses):
         raise typer.Exit(1)
 
 
@@ -131,10 +198,10 @@ def events(
 
     Since the first question to this server in a row, or since its start with hermes_stats.
     """
-    which, seen = _one(server), 0.0
+    which, seen = _one(server), 0
     while True:
-        new = [each for each in _ask(which, "events") if each["at"] > seen]
-        seen = max((each["at"] for each in new), default=seen)
+        new = [each for each in _ask(which, "events") if each["number"] > seen]
+        seen = max((each["number"] for each in new), default=seen)
         if as_json:
             print("".join(json.dumps(each) + "\n" for each in new), end="", flush=True)
         elif new:
@@ -177,7 +244,7 @@ def explain(server: Server = None) -> None:
     """Say why a worker would be chosen just now, or not."""
     which = _one(server)
     about, raw = _ask(which, "status"), _ask(which, "raw")
-    rows = [Row(**row) for row in raw["rows"]]
+    rows = raw["rows"]
     for bind, allowed in zip(about["binds"], raw["allowed"], strict=False):
         view = policy.View(
             rows=rows,
@@ -226,12 +293,12 @@ def doctor(
     """Say what this host and this user can do, why not, and what would help."""
     report = checks.examine()
     for check in report.checks:
-        mark = {True: "[green]ok[/]", False: "[red]no[/]", None: "[yellow]--[/]"}[check.good]
-        out.print(f"{mark}  {check.name}: {check.found}")
+        mark = {True: ("ok", "green"), False: ("no", "red"), None: ("--", "yellow")}[check.good]
+        out.print(Text.assemble(mark, f"  {check.name}: {check.found}"))
         if check.remedy:
-            out.print(f"      {check.remedy}", style="yellow", markup=False)
-    out.print(f"\nhermes_mode = auto chooses: [bold]{report.mode}[/]")
+            out.print(f"      {check.remedy}", style="yellow")
+    out.print(Text.assemble("\nhermes_mode = auto chooses: ", (report.mode, "bold")))
     for title, line in report.lines:
-        out.print(f"  {title}: {line}", markup=False)
+        out.print(f"  {title}: {line}")
     if strict and report.mode != "kernel":
         raise typer.Exit(1)

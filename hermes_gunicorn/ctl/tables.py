@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+from hermes_gunicorn.monitor import control
 
 __all__ = ["SORTS", "events", "server"]
 
@@ -74,9 +78,11 @@ def server(status: dict[str, Any], sort: str) -> Group:
 
 def headline(status: dict[str, Any]) -> Text:
     """Show a server in a line or two."""
+    ours = status["user"] == control.user_name(os.geteuid())
+    user = "" if ours else f" of user {status['user']}"
     text = Text.assemble(
         (f"{status['name']} ", "bold"),
-        f"(pid {status['arbiter']}, {status['worker_class']}, gunicorn {status['gunicorn']},"
+        f"(pid {status['arbiter']}{user}, {status['worker_class']}, gunicorn {status['gunicorn']},"
         f" policy {status['policy']}, hang threshold {seconds(status['threshold'])})  ",
     )
     if status["healthy"]:
@@ -90,7 +96,9 @@ def events(listed: list[dict[str, Any]]) -> Table:
     """Show what has happened, the oldest first."""
     table = _table("time:", "what:", "slot", ":")
     for each in listed:
-        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each["at"]))
+        at = "?"
+        with contextlib.suppress(OverflowError, ValueError, OSError):
+            at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each["at"]))
         text = each["text"]
         if each.get("seconds"):
             text += f" for {seconds(each['seconds'])}"

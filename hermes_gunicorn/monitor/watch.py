@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections import deque
@@ -65,6 +66,9 @@ class _Slot:
 class Watch:
     """Samples the table; all methods may be called from any thread.
 
+    Times are CLOCK_MONOTONIC in here, and those of the wall clock in what is told: as it goes
+    now, so that a clock that has been set moves what has happened along with it.
+
     Attributes:
         table: the worker status table.
         about: what the arbiter has told.
@@ -82,7 +86,8 @@ class Watch:
         self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
         self._series: dict[tuple[str, int | None], dict[str, Any]] = {}
         self._points: deque[dict[str, Any]] = deque(maxlen=int(_LASTS / _POINT))
-        self._started = time.time()
+        self._started = time.monotonic()
+        self._happened = 0
         self._shared = 0
 
     def show(self, about: dict[str, Any], fds: list[int], sizes: list[int]) -> None:
@@ -103,24 +108,21 @@ class Watch:
                     self._event("fall-back", f"{bind['address']}: {bind['reason']}")
 
     def _event(self, kind: str, text: str, slot: int | None = None) -> dict[str, Any]:
-        event = {"at": time.time(), "kind": kind, "slot": slot, "text": text}
+        self._happened += 1
+        event = {"number": self._happened, "at": time.monotonic(), "kind": kind}
+        event |= {"slot": slot, "text": text}
         self._events.append(event)
         return event
 
     def _again(self, kind: str, count: int, text: str, slot: int | None = None) -> None:
         """Count what at high load happens all the time; the last event grows while it goes on."""
-        now, event = time.time(), self._series.get((kind, slot))
+        now, event = time.monotonic(), self._series.get((kind, slot))
         if event is None or now > event["at"] + event["seconds"] + _PAUSE:
             event = self._series[kind, slot] = self._event(kind, "", slot)
             event.update(count=0, seconds=0.0)
         event["count"] += count
         event["seconds"] = round(now - event["at"], 3)
         event["text"] = text.format(event["count"])
-
-    def note(self, kind: str, text: str) -> None:
-        """Add an event."""
-        with self._lock:
-            self._event(kind, text)
 
     def sample(self) -> None:
         """Look at the table; to be called every ``EVERY`` seconds."""
@@ -133,7 +135,7 @@ class Watch:
             if shared > self._shared and self._points:
                 self._again("no worker", shared - self._shared, "{} connections found none")
             self._shared = shared
-            if not self._points or time.time() - self._points[-1]["at"] >= _POINT:
+            if not self._points or time.monotonic() - self._points[-1]["at"] >= _POINT:
                 self._points.append(self._point(rows))
 
     def _follow(self, row: Row, now: int) -> None:
@@ -172,7 +174,7 @@ class Watch:
     def _point(self, rows: list[Row]) -> dict[str, Any]:
         live = [row for row in rows if row.state in (READY, DRAINING)]
         return {
-            "at": round(time.time(), 1),
+            "at": time.monotonic(),
             "requests": sum(row.requests for row in live),
             "connections": sum(row.connections for row in live),
             "queued": sum(row.queued for row in live),
@@ -195,6 +197,9 @@ class Watch:
                 told | bind.counters()
                 for told, bind in zip(self.about["binds"], self._binds, strict=False)
             ]
+            pids = {worker["pid"] for worker in workers}
+            for gone in self._processes.keys() - pids:
+                del self._processes[gone]
             problems = _problems(workers, binds)
             return {
                 **{key: value for key, value in self.about.items() if key not in ("uid", "gid")},
@@ -204,7 +209,7 @@ class Watch:
                 "threshold": self.table.hang_threshold_ns / 1e9,
                 "theta": self.table.theta,
                 "at": time.time(),
-                "watched_since": self._started,
+                "watched_since": _wall(self._started),
                 "healthy": not problems,
                 "problems": problems,
             }
@@ -246,7 +251,9 @@ class Watch:
                 times = known.process.cpu_times()
                 used = times.user + times.system
                 if not known.at:  # the first time, since it was started
-                    known.at = now - max(time.time() - known.process.create_time(), 0.01)
+                    age = time.time() - known.process.create_time()
+                    # Longer than that if the clock has been set back.
+                    known.at = now - max(age, used / (os.cpu_count() or 1), 0.01)
                 known.percent = round(100 * (used - known.used) / (now - known.at), 1)
                 known.at, known.used = now, used
                 known.rss = known.process.memory_info().rss
@@ -257,25 +264,25 @@ class Watch:
     def events(self) -> list[dict[str, Any]]:
         """Return what has happened, the oldest first."""
         with self._lock:
-            return [dict(event) for event in self._events]
+            return [event | {"at": _wall(event["at"])} for event in self._events]
 
     def points(self) -> list[dict[str, Any]]:
         """Return a point for each second of the last minutes."""
         with self._lock:
-            return list(self._points)
+            return [point | {"at": _wall(point["at"])} for point in self._points]
 
     def raw(self) -> dict[str, Any]:
         """Return what the kernel program would read now, for the model in ``policy.py``."""
         with self._lock:
             table = self.table
             return {
-                "rows": [vars(row) for row in table.rows()],
+                "rows": [vars(row) for row in table.rows() or [table.row(SHARED_SLOT)]],
                 "eligible": table.eligible(),
                 "selected": table.selected(),
                 "allowed": [bind.allowed for bind in self._binds],
                 "policy": table.policy,
                 "threshold_ns": table.hang_threshold_ns,
-                "localities": table.localities,
+                "localities": max(table.localities, 1),
                 "now_ns": time.monotonic_ns(),
             }
 
@@ -303,6 +310,11 @@ class Watch:
             self.tell({"drain": slot, "drained": drained})
             self.table.drain(slot, drained)
             self._event("set", "drained" if drained else "no more drained", slot)
+
+
+def _wall(at: float) -> float:
+    """Return when something has happened by the wall clock, as that goes now."""
+    return round(time.time() - time.monotonic() + at, 2)
 
 
 def _name(names: tuple[str, ...], index: int) -> str:

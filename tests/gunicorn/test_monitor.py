@@ -21,7 +21,8 @@ import pytest
 from gunicorn_server import GUNICORN, HAS_CONTROL_SOCKET, as_nobody, free_port, listens, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
-from hermes_gunicorn.monitor.launch import socket_name
+from hermes_gunicorn.monitor import control
+from hermes_gunicorn.monitor.launch import NAMES
 
 HERMESCTL = GUNICORN.with_name("hermesctl")
 
@@ -45,6 +46,12 @@ def status(server) -> dict[str, Any]:
     assert run.returncode in (0, 1), run.stderr
     (found,) = json.loads(run.stdout)
     return found
+
+
+def socket_name(server) -> bytes:
+    """Return the name of the server's control socket."""
+    (name,) = [each.name for each in control.servers() if each.pid == server.process.pid]
+    return name
 
 
 def monitors(server) -> list[psutil.Process]:
@@ -133,7 +140,7 @@ def test_another_user_is_told_nothing(same_server):
     # Nor by asking the socket itself.
     code = (
         "import socket, sys; s = socket.socket(socket.AF_UNIX); s.settimeout(5);"
-        f"s.connect({socket_name(server.process.pid)!r});"
+        f"s.connect({socket_name(server)!r});"
         's.sendall(b\'{"do": "status"}\\n\'); print(s.recv(9))'
     )
     status(server)  # starts the monitor
@@ -150,7 +157,7 @@ def test_others_cannot_keep_the_owner_from_asking(same_server):
         "import socket, time; held = []\n"
         "for _ in range(40):\n"
         "    s = socket.socket(socket.AF_UNIX); s.setblocking(False)\n"
-        f"    s.connect_ex({socket_name(server.process.pid)!r}); held.append(s)\n"
+        f"    s.connect_ex({socket_name(server)!r}); held.append(s)\n"
         "print(flush=True); time.sleep(60)"
     )
     command = [*as_nobody(), sys.executable, "-c", code]
@@ -162,7 +169,7 @@ def test_others_cannot_keep_the_owner_from_asking(same_server):
 
 def test_nobody_can_answer_for_a_server():
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.bind(socket_name(os.getppid()))
+        sock.bind(f"{NAMES}{os.getppid()}/0123")
         sock.listen()
         run = subprocess.run(
             [str(HERMESCTL), "status", "--server", str(os.getppid())],
@@ -171,7 +178,7 @@ def test_nobody_can_answer_for_a_server():
             check=False,
         )
     assert run.returncode == 2
-    assert "not server" in run.stderr
+    assert run.stderr == f"there is no server with pid {os.getppid()}\n"
 
 
 @pytest.mark.ebpf

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+
 import pytest
 
 from hermes_gunicorn.monitor import watch as module
 from hermes_gunicorn.monitor.watch import Watch
-from hermes_gunicorn.table import Publisher, Table
+from hermes_gunicorn.table import WORKER, Publisher, Table
 
 ROUNDS = 5
 
@@ -43,3 +47,30 @@ def test_rescues_that_go_on_are_one_event_for_each_worker(watch, monkeypatch):
 def test_rescues_after_a_pause_are_another_event(watch, monkeypatch):
     monkeypatch.setattr(module, "_PAUSE", -1)
     assert rescue(watch, 1) == ["took 3 connections from siblings"] * ROUNDS
+
+
+def test_a_clock_that_is_set_back_stops_nothing(watch, monkeypatch):
+    rescue(watch, 1)
+    before = watch.points(), watch.events()
+    monkeypatch.setattr(module, "_POINT", 0)
+    wall = time.time
+    monkeypatch.setattr(time, "time", lambda: wall() - 3600)
+    rescue(watch, 1)
+    (event,) = [event for event in watch.events() if event["kind"] == "rescue"]
+    assert event["text"] == "took 30 connections from siblings"
+    points = [point["at"] for point in watch.points()]
+    assert len(points) == len(before[0]) + ROUNDS
+    assert points == sorted(points)
+    # What has happened moves along with the clock.
+    assert all(time.time() - 60 < at <= time.time() + 0.1 for at in points)
+    numbers = [event["number"] for event in watch.events()]
+    assert numbers == sorted({event["number"] for event in before[1]} | set(numbers))
+
+
+def test_workers_that_are_gone_are_forgotten(watch):
+    for _ in range(3):
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+            watch.table._rows[WORKER.words + WORKER.index("pid")] = process.pid
+            assert watch.status()["workers"][0]["rss"] > 0
+            process.communicate()
+        assert len(watch._processes) <= 2
