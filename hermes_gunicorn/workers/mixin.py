@@ -238,6 +238,8 @@ class HermesMixin(_Base):  # type: ignore[misc]
             if busy_ns >= policy.REMARKABLE_NS:  # at their peak workers help each other often
                 self._tell(busy_ns)
             self.settle()
+        elif self.publisher.has_overdue():
+            self.settle()
         self.look()
         return 0 if self.serves_inline else min(self._schedule(woke_ns), woke_ns + _MIND_NS)
 
@@ -257,8 +259,8 @@ class HermesMixin(_Base):  # type: ignore[misc]
 
     def settle(self) -> None:
         """Write off connections that were sent here but never came."""
-        if self.publisher.drifted and not self._waiting():
-            self.publisher.settle(_QUIET_NS)
+        if self.publisher.drifted:
+            self.publisher.settle(_QUIET_NS, self._waiting())
 
     def held(self, ns: int) -> None:
         """Nothing else could be served for so many nanoseconds."""
