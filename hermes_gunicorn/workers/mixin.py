@@ -62,6 +62,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
     _refreshed = 0.0
     _weighed = float("inf")
     _left = 0.0
+    _stops_at_once = False
     _owed = 0  # ``publisher.accepted`` when all is taken that waited at ``leave``
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -105,6 +106,16 @@ class HermesMixin(_Base):  # type: ignore[misc]
         super().init_signals()
         if self.assignment and self.assignment.told_to_stop():
             self.alive = False
+
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        """Stop at once, on INT or QUIT; an application may catch the exit."""
+        self._stops_at_once = True
+        super().handle_quit(sig, frame)
+
+    def handle_abort(self, sig: int, frame: Any) -> None:
+        """Stop at once, on ABRT: the heartbeat was late, and KILL is next."""
+        self._stops_at_once = True
+        super().handle_abort(sig, frame)
 
     def exclusive(self) -> list[bool]:
         """Say for each of ``sockets`` whether it is this worker's alone."""
@@ -211,20 +222,29 @@ class HermesMixin(_Base):  # type: ignore[misc]
     def awaits(self, own: Iterable[Any]) -> bool:
         """After ``leave``: whether to accept what was sent here before, or is on its way still.
 
-        No more than that: with nobody else left, as at a stop, all that is new comes here.
+        No more than that: with nobody else left, as at a stop, all that is new comes here. And
+        nothing at the end of a life (``max_requests``): the siblings and the slot's next owner
+        go on, as with gunicorn's one listener.
 
         Args:
             own: the exclusive listeners it is accepted from.
         """
+        if self._stops_at_once or self.nr >= self.max_requests:
+            return False
         since = monotonic() - self._left
-        if since < _BOOKED_WITHIN or (self.publisher.queued > 0 and self.in_grace()):
+        if since < _BOOKED_WITHIN:
             return True
+        if self.in_grace():
+            self.settle()  # siblings take what they find, and are not waited for
+            if self.publisher.expects:
+                return True
         owes = self.publisher.accepted < self._owed and since < self.cfg.graceful_timeout
         return owes and any(map(waiting, own))
 
     def in_grace(self) -> bool:
         """After ``leave``: whether it is too early to give up those who say nothing."""
-        return monotonic() - self._left < min(HANDSHAKE_GRACE, float(self.cfg.graceful_timeout))
+        grace = min(HANDSHAKE_GRACE, float(self.cfg.graceful_timeout))
+        return not self._stops_at_once and monotonic() - self._left < grace
 
     def _turned(self, woke_ns: int) -> int:
         """At the end of a turn of the loop: what was lost meanwhile, who needs help."""
