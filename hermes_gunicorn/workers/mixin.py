@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Mapping
 from time import monotonic, monotonic_ns
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from hermes_gunicorn import arbiter, policy, settings
 from hermes_gunicorn.dispatch.shared import Admission
@@ -31,6 +32,7 @@ _BOOKED_WITHIN: Final = 0.01  # seconds: the kernel chooses first and books then
 _WEIGHS: Final = 1.0  # seconds between decisions whether to keep connections
 _WEIGHS_IF_HELD: Final = 0.2  # the same, where requests hold the loop
 _SELDOM: Final = 1.0  # seconds between looks by a worker that does not help
+_COMPLAINS: Final = 60.0  # seconds between lines that say the same
 _QUIET_NS: Final = 3_000_000_000  # without a dispatch for so long, none is on its way
 
 
@@ -58,6 +60,8 @@ class HermesMixin(_Base):  # type: ignore[misc]
     _held_at = -_HELD_NS
     _wakes_ns = policy.NEVER
     _rescuer: Rescuer | None = None
+    _paused_rescuer: Rescuer | None = None
+    _rescue_failed = float("-inf")  # when that was told last
     _admissions: Mapping[int, Admission] = {}
     _refreshed = 0.0
     _weighed = float("inf")
@@ -191,13 +195,29 @@ class HermesMixin(_Base):  # type: ignore[misc]
         if not self.publisher.drained:
             try:
                 self._rescuer.look(self.serves_inline or self.holds, self.keeping.starved)
-            except Exception:
-                self._rescuer = None
-                self.log.exception("hermes: no more rescue from this worker")
+            except Exception as error:
+                self._pause_rescue(error)
                 return
         if self._rescuer.next_ns < self._wakes_ns:
             self._wakes_ns = self._rescuer.next_ns
             self.wake_in(max(self.until_look(), 0.001))
+
+    def _pause_rescue(self, error: Exception) -> None:
+        """Leave siblings alone for a second or two; whatever this was, it may pass."""
+        self._paused_rescuer, self._rescuer = self._rescuer, None
+        now = monotonic()
+        if now - self._rescue_failed < _COMPLAINS:
+            return
+        self._rescue_failed = now
+        text = "hermes: cannot take over connections that wait for other workers: %s. This worker"
+        text += " keeps serving its own and tries again every second"
+        if isinstance(error, OSError):
+            remedy = ""
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                remedy = ". Allow more open files (ulimit -n, systemd: LimitNOFILE=)"
+            self.log.warning(text + remedy, error.strerror)
+        else:
+            self.log.exception(text, error)
 
     def wake_in(self, seconds: float) -> None:
         """Have ``look_again`` called; replaces what was wanted before.
@@ -212,7 +232,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
 
     def leave(self) -> None:
         """Be chosen no more; what was sent here already is still to be taken."""
-        self._rescuer = None
+        self._rescuer = self._paused_rescuer = None
         self._left = monotonic()
         self.publisher.draining()
         self._owed = self.publisher.accepted + self._waiting()
@@ -313,8 +333,9 @@ class HermesMixin(_Base):  # type: ignore[misc]
     def mend(self) -> None:
         """Once a second see to the row; to be called as often or more."""
         self._weigh(_WEIGHS)
-        now = monotonic()
-        if now - self._refreshed >= 1:
-            self._refreshed = now
+        if self.is_heartbeat_due():
+            self._refreshed = monotonic()
             self.publisher.refresh()
             self.settle()
+            if self._paused_rescuer is not None:
+                self._rescuer, self._paused_rescuer = self._paused_rescuer, None
