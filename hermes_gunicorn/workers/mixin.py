@@ -36,6 +36,10 @@ _COMPLAINS: Final = 60.0  # seconds between lines that say the same
 _QUIET_NS: Final = 3_000_000_000  # without a dispatch for so long, none is on its way
 
 
+def _is_from(package: str, this: type) -> bool:
+    return this.__module__.partition(".")[0] == package
+
+
 class HermesMixin(_Base):  # type: ignore[misc]
     """Goes before a gunicorn worker class.
 
@@ -49,6 +53,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
             than one should not be accepted at a time, as nobody else can serve it any more.
             Not where cores are short, for then siblings are held up as well.
         keeping: whether responses close their connection.
+        never_called: methods of the gunicorn class that are not called under this one.
     """
 
     assignment: arbiter.Assignment | None = None
@@ -57,6 +62,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
     serves_inline = False  # accepting a connection is serving it
     may_close = True  # obeys ``keeping``
     holds = False
+    never_called: ClassVar[tuple[str, ...]] = ()
     _held_at = -_HELD_NS
     _wakes_ns = policy.NEVER
     _rescuer: Rescuer | None = None
@@ -85,8 +91,23 @@ class HermesMixin(_Base):  # type: ignore[misc]
                 "reuse_port and a hermes worker exclude each other: hermes opens its own"
                 " reuseport listeners, one for each worker; remove reuse_port (--reuse-port)"
             )
+        cls._refuse_overrides_in_vain()
         arbiter.install(cfg)
         settings.check(cfg)
+
+    @classmethod
+    def _refuse_overrides_in_vain(cls) -> None:
+        """Raise for a method in a class of the user's that would never be called."""
+        for name in cls.never_called:
+            defining = [each for each in cls.__mro__ if name in vars(each)]
+            ours = [i for i, each in enumerate(defining) if _is_from("hermes_gunicorn", each)]
+            for each in defining[ours[-1] + 1 :] if ours else defining:
+                if not _is_from("gunicorn", each):
+                    raise HermesError(
+                        f"{each.__module__}.{each.__qualname__}.{name} is never called under"
+                        f" {cls.__name__}, as hermes workers wait and accept themselves; remove it,"
+                        " or use the stock worker class"
+                    )
 
     def init_process(self) -> None:
         """Run the worker, from just after the fork to its end."""
@@ -181,6 +202,13 @@ class HermesMixin(_Base):  # type: ignore[misc]
         self.keeping.start(waited_for_cores())
         self.publisher.at_turn(self._turned)
         self.publisher.ready(capacity)
+
+    def has_siblings(self) -> bool:
+        """Tell whether there are other workers to accept connections, now or soon."""
+        publisher = self.publisher
+        if not publisher.slot:  # in no table that others are in
+            return bool(self.cfg.workers > 1)
+        return publisher.table.has_others(publisher.slot)
 
     def until_look(self) -> float:
         """Return for how many seconds the siblings need not be looked after."""
@@ -329,6 +357,10 @@ class HermesMixin(_Base):  # type: ignore[misc]
         """Tell the arbiter that the loop turns."""
         super().notify()
         self.mend()
+
+    def is_heartbeat_due(self) -> bool:
+        """Tell whether a second has passed since the last ``notify``, or nearly one."""
+        return monotonic() - self._refreshed >= 1
 
     def mend(self) -> None:
         """Once a second see to the row; to be called as often or more."""
