@@ -75,8 +75,8 @@ BY_BIND, BY_DESTINATION, BY_CLIENT = range(3)
 GROUP_BY: Final = ("bind", "destination", "client")
 WEIGHT: Final = 1 << 20  # of a request that fills a worker
 
-_PERIOD_NS: Final = 250_000_000
-_PERIODS: Final = 13  # all but the current one are the three seconds a handshake may take
+_PERIOD_NS: Final = 100_000_000
+_PERIODS: Final = 11  # all but the current one are the second that a handshake may take
 
 _WORD: Final = 8
 _MASK: Final = (1 << 64) - 1
@@ -504,7 +504,7 @@ class Table:
 
 
 class _RecentMinimum:
-    """The lowest value of a number over the last three seconds, or a little more.
+    """The lowest value of a number over the last second, or a little more.
 
     Between two looks the number must not fall. It is zero before the first.
     """
@@ -675,11 +675,12 @@ class Publisher:
         return (self._words[_DISPATCHED] - self._settled) & _MASK
 
     def has_overdue(self) -> bool:
-        """Tell whether some of what was sent here has not come for three seconds.
+        """Tell whether some of what was sent here has not come for a second.
 
         A dispatch is booked at the SYN. Scanners and half-open health checks send nothing
-        more. What was queued at all times within three seconds is theirs, or siblings have
-        taken it, or it waits to be accepted; a handshake does not take that long.
+        more. What was queued at all times within a second is theirs, or siblings have
+        taken it, or it waits to be accepted. A handshake rarely takes that long, and what comes
+        later all the same is put right when it does.
 
         To be called at the end of a turn, when what could be accepted has been.
         """
