@@ -169,6 +169,7 @@ class Coordinator:
         self._monitor = Monitor(server.pid, server.log, self._shown)
         self._statsd = Reporter(self.table)
         lifecycle.at_turn(server, self._report_metrics)
+        lifecycle.at_turn(server, self._monitor.keep)
 
     def prepare(self, strict: bool = False) -> None:
         """Make the dispatchers fit the arbiter's listeners and settings.

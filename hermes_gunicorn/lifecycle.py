@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final
 
 from gunicorn import sock
 from gunicorn.config import Config
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from gunicorn.sock import BaseSocket
 
 __all__ = ["after_failed_upgrade", "after_setup", "at_turn", "keep_configuration"]
+
+
+_COMPLAINS: Final = 60.0  # seconds between lines that say the same
 
 
 class _Rejected(Exception):
@@ -39,17 +43,20 @@ def after_setup(server: Arbiter, call: Callable[[], None]) -> None:
 def at_turn(server: Arbiter, call: Callable[[], None]) -> None:
     """Have something called whenever the arbiter's loop turns: every second, or sooner."""
     murder_workers = server.murder_workers
-    works = True
+    complained = float("-inf")
 
     def murder_workers_and_call() -> None:
-        nonlocal works
+        nonlocal complained
         murder_workers()
-        if works:
-            try:
-                call()
-            except Exception:
-                works = False
-                server.log.exception("hermes: error in %s; it is not called again", call.__name__)
+        try:
+            call()
+        except Exception:  # whatever it was, it may pass
+            if monotonic() - complained >= _COMPLAINS:
+                complained = monotonic()
+                server.log.exception(
+                    "hermes: error in %s; traffic is not affected, and it is called again",
+                    call.__name__,
+                )
 
     server.murder_workers = murder_workers_and_call
 

@@ -30,6 +30,7 @@ __all__ = ["Server", "ask", "servers"]
 
 _ANSWERED_WITHIN: Final = 5.0  # seconds
 _LONGEST: Final = 4096  # bytes of a request
+_AGAIN_AFTER: Final = 0.5  # seconds
 _AT_ONCE: Final = 8  # connections
 
 
@@ -67,8 +68,12 @@ class Server:
     def _accept(self) -> None:
         while True:
             self._room.acquire()
-            connection, _ = self._listener.accept()
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            try:
+                connection, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            except (OSError, RuntimeError):  # no more files, or no more threads: for a while
+                self._room.release()
+                time.sleep(_AGAIN_AFTER)
 
     def _serve(self, connection: socket.socket) -> None:
         try:

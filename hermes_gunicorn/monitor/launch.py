@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +28,7 @@ _CODE: Final = (
 )
 _PACKAGES: Final = str(Path(__file__).resolve().parents[2])
 _BACKLOG: Final = 16
+_PAUSE: Final = 3.0  # seconds between attempts to start it unasked
 
 
 def socket_name(arbiter: int) -> str:
@@ -54,6 +56,7 @@ class Monitor:
         self._shown = shown
         self._channel: socket.socket | None = None
         self._stats = ""
+        self._start_again = 0.0
         self._listener: socket.socket | None = None
         try:
             self._listener = socket.socket(socket.AF_UNIX)
@@ -76,6 +79,22 @@ class Monitor:
                 self._show(about, fds)
         except Exception:
             self._log.exception("hermes: no monitor")
+
+    def keep(self) -> None:
+        """Have the process that serves ``hermes_stats`` started again if it is gone."""
+        if self._stats and time.monotonic() >= self._start_again and not self._is_running():
+            self._show(*self._shown())
+
+    def _is_running(self) -> bool:
+        if self._channel is None:
+            return False
+        try:
+            self._channel.recv(1, socket.MSG_PEEK)  # it sends nothing: this is its end
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
 
     def close(self) -> None:
         """Have the process end, if there is one."""
@@ -121,6 +140,7 @@ class Monitor:
         return True
 
     def _start(self) -> None:
+        self._start_again = time.monotonic() + _PAUSE
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel.setblocking(False)
         passed = [theirs, *filter(None, [self._listener])]
