@@ -110,7 +110,8 @@ def test_a_life_that_max_requests_ends_is_over_at_once(start, worker_class):
     server = start("--max-requests", "20", worker_class=worker_class, conf=TELL_WHAT_HAPPENS)
     before = server.worker_pids()
     while not (ended := [pid for pid in before if server.lines(f"{pid} ends after")]):
-        server.get("/coming")
+        with contextlib.suppress(ConnectionError):  # gunicorn 23's own gthread loses some
+            server.get("/coming")
     assert heartbeats_at_the_end(server, ended[0]) < FEW
 
 
