@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from gunicorn import sock
 from gunicorn.config import Config
@@ -31,7 +31,7 @@ __all__ = [
     "keep_for_upgrade",
 ]
 
-_AT_LEAST = 0.5  # seconds between two calls
+_AT_LEAST: Final = 0.5  # seconds between two calls
 
 
 class _Rejected(Exception):
@@ -75,7 +75,9 @@ def at_turn(server: Arbiter, call: Callable[[], None]) -> Callable[[], None]:
             works = True
         except Exception:
             if works:
-                server.log.exception("hermes: error in %s; trying again every second", name)
+                server.log.exception(
+                    "hermes: error in %s; traffic is not affected, trying again every second", name
+                )
             works = False
 
     def then_call(method: Callable[[], None]) -> Callable[[], None]:

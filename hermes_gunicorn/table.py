@@ -76,6 +76,9 @@ BY_BIND, BY_DESTINATION, BY_CLIENT = range(3)
 GROUP_BY: Final = ("bind", "destination", "client")
 WEIGHT: Final = 1 << 20  # of a request that fills a worker
 
+_PERIOD_NS: Final = 100_000_000
+_PERIODS: Final = 11  # all but the current one are the second that a handshake may take
+
 _WORD: Final = 8
 _MASK: Final = (1 << 64) - 1
 _TRIES: Final = 4
@@ -516,6 +519,14 @@ class Table:
         for group in range(-(-self.capacity // SLOTS_PER_GROUP)):
             self.refresh_eligible(group)
 
+    def has_others(self, slot: int) -> bool:
+        """Tell whether a worker in another slot is ready, or about to be."""
+        end = self.in_use * WORKER.words
+        states = self._rows[WORKER.words + _STATE : end : WORKER.words].tolist()
+        return any(
+            state in (BOOTING, READY) for other, state in enumerate(states, 1) if other != slot
+        )
+
     def claim(self, slot: int, waiting: int = 0) -> None:
         """Prepare a slot for a new owner that is about to be forked.
 
@@ -601,6 +612,34 @@ class Table:
         self._rows[slot * WORKER.words + _RESCUED_AT] = now_ns
 
 
+class _RecentMinimum:
+    """The lowest value of a number over the last second, or a little more.
+
+    Between two looks the number must not fall. It is zero before the first.
+    """
+
+    def __init__(self) -> None:
+        self._lows = [0] * _PERIODS
+        self._period = 0
+        self._last = 0
+
+    def see(self, value: int, now_ns: int) -> int:
+        """Take a value, and return the lowest."""
+        passed = min(now_ns // _PERIOD_NS - self._period, _PERIODS)
+        if passed:
+            self._lows = self._lows[passed:] + [self._last] * passed
+            self._period = now_ns // _PERIOD_NS
+        self._last = value
+        if value < self._lows[-1]:
+            self._lows[-1] = value
+        return min(self._lows) if value else 0
+
+    def shift(self, by: int) -> None:
+        """Take all values as they would be without so many."""
+        self._lows = [low - by for low in self._lows]
+        self._last -= by
+
+
 class Publisher:
     """A worker's pen: writes the words of its own row.
 
@@ -629,6 +668,7 @@ class Publisher:
         self._words = table._rows[start : start + WORKER.words]
         self._settled = self._words[_SETTLED]
         self.accepted = 0
+        self._overdue = _RecentMinimum()  # of what is queued
         self._capacity = 1
         self._state = BOOTING
         self._pid = self._words[_PID] = os.getpid()
@@ -734,22 +774,51 @@ class Publisher:
         """Whether more or fewer connections were taken than were sent here."""
         return self._words[_DISPATCHED] != self._settled & _MASK
 
-    def settle(self, quiet_ns: int) -> None:
+    @property
+    def expects(self) -> bool:
+        """Whether something that the kernel sent here lately may still be on its way."""
+        ahead = self._ahead()
+        return 0 < ahead <= _MAX_QUEUED and ahead > self._overdue.see(ahead, monotonic_ns())
+
+    def _ahead(self) -> int:
+        return (self._words[_DISPATCHED] - self._settled) & _MASK
+
+    def has_overdue(self) -> bool:
+        """Tell whether some of what was sent here has not come for a second.
+
+        A dispatch is booked at the SYN. Scanners and half-open health checks send nothing
+        more. What was queued at all times within a second is theirs, or siblings have
+        taken it, or it waits to be accepted. A handshake rarely takes that long, and what comes
+        later all the same is put right when it does.
+
+        To be called at the end of a turn, when what could be accepted has been.
+        """
+        return self._overdue.see(self._ahead(), monotonic_ns()) > 0
+
+    def settle(self, quiet_ns: int, waiting: int = 0) -> None:
         """Write off what was sent here and never became acceptable.
 
-        To be called only when the own queue was seen empty. A dispatch is booked
-        at the SYN and can be accepted a round trip later, so nothing is written
-        off until no connection was sent here for ``quiet_ns`` nanoseconds. Taken
-        without having been booked (SYN cookies) is put right at once, and so is what
-        siblings took.
+        A dispatch is booked at the SYN and can be accepted a round trip later, so only
+        what is overdue is written off, and all when no connection was sent here for
+        ``quiet_ns`` nanoseconds. Taken without having been booked (SYN cookies) is put
+        right at once, and so is what siblings took.
+
+        Args:
+            quiet_ns: see above.
+            waiting: connections that wait to be accepted.
         """
-        dispatched = self._words[_DISPATCHED]
-        ahead = (dispatched - self._settled) & _MASK
-        age = monotonic_ns() - self._words[_LAST_DISPATCH]
+        ahead, now = self._ahead(), monotonic_ns()
         # A dispatch in the future is none: someone has scribbled over the row.
-        if not 0 <= age < quiet_ns or ahead >> 63 or self.lost:
-            self._settled = dispatched
-            self._words[_SETTLED] = dispatched
+        quiet = not 0 <= now - self._words[_LAST_DISPATCH] < quiet_ns
+        never_came = ahead - waiting
+        if quiet or ahead > _MAX_QUEUED or self.lost:
+            self._overdue = _RecentMinimum()
+        else:
+            never_came = self._overdue.see(max(never_came, 0), now)
+            self._overdue.shift(never_came)
+        if never_came:
+            self._settled = (self._settled + never_came) & _MASK
+            self._words[_SETTLED] = self._settled
 
     def ready(self, capacity: int) -> None:
         """Accept from now on; up to ``capacity`` requests at once."""

@@ -32,6 +32,7 @@ __all__ = ["Found", "Server", "ask", "servers", "user_name"]
 _ANSWERED_WITHIN: Final = 5.0  # seconds for a whole exchange, and the monitor's start
 _FOUND_WITHIN: Final = 2.0  # seconds; the arbiter empties its queue once a second
 _RETRY: Final = 0.02  # seconds
+_AGAIN_AFTER: Final = 0.5  # seconds
 _LONGEST_REQUEST: Final = 4096  # bytes
 _LONGEST_ANSWER: Final = 4 << 20  # bytes; a full table of nonsense takes 0.8 MB
 _AT_ONCE: Final = 8  # connections
@@ -93,9 +94,13 @@ class Server:
         # The arbiter has the same socket and must not block in it: no settimeout(None).
         self._listener.settimeout(_IDLE)
         while True:
-            with contextlib.suppress(OSError):
+            try:
                 connection, _ = self._listener.accept()
                 self.serve(connection)
+            except TimeoutError:
+                pass
+            except (OSError, RuntimeError):  # no more files, or no more threads: for a while
+                time.sleep(_AGAIN_AFTER)
 
     def serve(self, connection: socket.socket) -> None:
         """Answer a connection, if it is from somebody who is answered."""

@@ -16,11 +16,14 @@ import gevent
 from gevent import getcurrent, socket
 from gevent.hub import get_hub
 from gevent.pool import Pool
+from gevent.pywsgi import WSGIHandler
 from gevent.server import StreamServer
+from gunicorn.http.wsgi import base_environ
 from gunicorn.sock import ssl_context
 from gunicorn.workers import ggevent
 
 from hermes_gunicorn.dispatch.shared import PAUSE
+from hermes_gunicorn.errors import HermesError
 from hermes_gunicorn.policy import NEVER
 from hermes_gunicorn.table import Publisher
 from hermes_gunicorn.workers.mixin import HermesMixin
@@ -35,14 +38,18 @@ def _nothing() -> None:
     pass
 
 
-class _Address:
-    """Stands for a listener where gunicorn asks its name: it may be closed by then."""
+class _Listener:
+    """A listener whose name is known when it is closed, too; gunicorn asks for that."""
 
     def __init__(self, sock: Any) -> None:
+        self._sock = sock
         self._name = sock.getsockname()
 
     def getsockname(self) -> Any:
         return self._name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
 
 
 class PublishingServer(StreamServer):  # type: ignore[misc]
@@ -60,7 +67,8 @@ class PublishingServer(StreamServer):  # type: ignore[misc]
             super().start_accepting()
 
     def follow(self) -> None:
-        """Obey a change of who serves this listener."""
+        """Obey a change of who serves this listener, and of how many do."""
+        self.max_accept = 1 if self.worker.has_siblings() else super().max_accept
         if not self.serves():
             self.stop_accepting()
         elif self.started and not self.full():
@@ -104,11 +112,7 @@ class PublishingServer(StreamServer):  # type: ignore[misc]
             raise
         client = socket.socket(listener.sock.family, listener.sock.type, fileno=fd)
         self.publisher.opened(False)
-        try:
-            self.do_handle(client, address)
-        except BaseException:
-            self.do_close(client)
-            raise
+        self.do_handle(client, address)  # or closes it
         return True
 
     def do_close(self, *connection: Any) -> None:
@@ -119,12 +123,49 @@ class PublishingServer(StreamServer):  # type: ignore[misc]
         super().do_close(*connection)
 
 
+class _Handler(WSGIHandler):  # type: ignore[misc]
+    """Counts the requests of a connection while they are in flight; goes before pywsgi's."""
+
+    def handle_one_response(self) -> None:
+        worker = self.server.worker
+        worker.began()
+        worker.nr += 1
+        if worker.alive and worker.nr >= worker.max_requests:  # stock pywsgi has no such limit
+            worker.log.info("Autorestarting worker after current request.")
+            worker.alive = False
+        try:
+            super().handle_one_response()
+        finally:
+            self.server.publisher.ended()
+
+
 class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[misc]
-    """gunicorn's gevent worker with a slot of its own."""
+    """gunicorn's gevent worker with a slot of its own.
+
+    ``server_class`` and ``wsgi_handler`` are what they are in ``GeventWorker``, so this may go
+    before any worker class that is made from that.
+    """
+
+    never_called = ("run",)
 
     accepted_in = 0  # which turn of the loop; 1 is the next
     _look_timer: Any = None
     _is_orphan = False
+
+    @classmethod
+    def check_config(cls, cfg: Any, log: Any) -> None:
+        """Refuse a server that cannot be made to publish."""
+        super().check_config(cfg, log)
+        if not issubclass(cls.server_class or StreamServer, StreamServer):
+            raise HermesError(
+                f"{cls.__name__}.server_class is not a subclass of gevent.server.StreamServer,"
+                " which hermes workers need; use the stock gevent worker class with it"
+            )
+
+    def init_process(self) -> None:
+        """Run the worker. pywsgi's responses are none of gunicorn's to close."""
+        self.may_close = self.server_class is None
+        super().init_process()
 
     def run(self) -> None:
         """Serve until told to stop, then drain. Follows ``GeventWorker.run``."""
@@ -161,6 +202,8 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
 
     def _start_servers(self) -> list[PublishingServer]:
         ssl_args = {"ssl_context": ssl_context(self.cfg)} if self.cfg.is_ssl else {}
+        base = self.server_class or StreamServer
+        server_class = type(base.__name__, (PublishingServer, base), {})
         pools: dict[Any, Pool] = {}
         servers = []
         for i, (sock, exclusive) in enumerate(zip(self.sockets, self.exclusive(), strict=True)):
@@ -168,20 +211,30 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
             # As in stock gunicorn worker_connections holds for each bind address,
             # of which the slot's own listener and the shared one are two ends.
             pool = pools.setdefault(sock.getsockname(), Pool(self.worker_connections))
-            server = self.new_server(sock, spawn=pool, **ssl_args)
+            server = server_class(sock, spawn=pool, **self._server_arguments(sock), **ssl_args)
             server.worker = self
             server.index = i
             server.publisher = self.publisher
             server.exclusive = exclusive
-            if self.cfg.workers > 1:
-                server.max_accept = 1
             server.start()
             servers.append(server)
         return servers
 
-    def new_server(self, sock: Any, **options: Any) -> PublishingServer:
-        """Make the server of a listener, as gunicorn's worker does."""
-        return PublishingServer(sock, handle=partial(self.handle, _Address(sock)), **options)
+    def _server_arguments(self, sock: Any) -> dict[str, Any]:
+        """Return what ``GeventWorker.run`` makes a listener's server with."""
+        if self.server_class is None:
+            return {"handle": partial(self.handle, _Listener(sock))}
+        environ = base_environ(self.cfg)
+        environ |= {"wsgi.multithread": True, "SERVER_SOFTWARE": ggevent.VERSION}
+        handler = self.wsgi_handler or getattr(self.server_class, "handler_class", None)
+        if isinstance(handler, type) and issubclass(handler, WSGIHandler):
+            handler = type(handler.__name__, (_Handler, handler), {})
+        return {
+            "application": self.wsgi,
+            "log": self.log,
+            "handler_class": handler,
+            "environ": environ,
+        }
 
     def wake_in(self, seconds: float) -> None:
         """Have the loop call ``look_again``."""
@@ -265,6 +318,8 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
 
     def began(self) -> None:
         """Publish a request; a connection's first one was published when it was accepted."""
+        if self.is_heartbeat_due():  # requests that block may follow each other in one turn
+            self.notify()
         greenlet = getcurrent()  # the one that handles this connection, and no other
         if getattr(greenlet, "hermes_served", False):
             self.publisher.began()

@@ -36,12 +36,14 @@ def _name(listener: Any) -> tuple[Any, ...]:
 class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[misc]
     """gunicorn's threaded worker with a slot of its own."""
 
+    never_called = ("set_accept_enabled",)
     _connections = 0
     _leaving = False
     _enabled = True
     _full_since_ns = 0
     _silent = 0  # gunicorn 23: accepted, but nothing has been said yet
     poller: Any
+    tpool: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._listening: set[int] = set()
@@ -69,6 +71,7 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
             self._wake, woken = socket.socketpair()
             self._wake.setblocking(False)
             self.poller.register(woken, selectors.EVENT_READ, self._finish)
+            self._drain_before_shutdown()
         self.begin(self.cfg.threads, self._accept_from, self._has_room)
         super().run()
 
@@ -97,18 +100,15 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         if not enabled and (not self.alive or self.ppid != os.getppid()):
             self.drain()
 
-    def get_thread_pool(self) -> Any:
-        """Return the pool; gunicorn 23 shuts it down as the first thing after its loop."""
-        pool = super().get_thread_pool()
-        if not _SINCE_24:
-            shutdown = pool.shutdown
+    def _drain_before_shutdown(self) -> None:
+        """Gunicorn 23 shuts its pool down as the first thing after its loop."""
+        shutdown = self.tpool.shutdown
 
-            def drain_and_shutdown(*arguments: Any, **options: Any) -> None:
-                self.drain()
-                shutdown(*arguments, **options)
+        def drain_and_shutdown(*arguments: Any, **options: Any) -> None:
+            self.drain()
+            shutdown(*arguments, **options)
 
-            pool.shutdown = drain_and_shutdown
-        return pool
+        self.tpool.shutdown = drain_and_shutdown
 
     def watch_listeners(self) -> None:
         """Watch those which are to be served now, while there is a thread for what comes."""
@@ -129,21 +129,22 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
     def accept(self, *arguments: Any) -> None:
         """Accept a connection, if there is a thread for it."""
         listener = arguments[-1]
-        index = self.sockets.index(listener)
-        if self._has_room() and self.admits(index):
-            self._count(arguments, self.exclusive()[index])
-
-    def _count(self, arguments: tuple[Any, ...], own: bool) -> bool:
+        own = False
+        if listener in self.sockets:  # else a sibling's, and there is
+            index = self.sockets.index(listener)
+            own = self.exclusive()[index]
+            if not (self._leaving or (self._has_room() and self.admits(index))):
+                return
         before = self.nr_conns
         super().accept(*arguments)
-        if self.nr_conns == before:
-            return False
-        self.publisher.opened(own, requests=0)
-        self._silent += 1
-        return True
+        if self.nr_conns > before:
+            self.publisher.opened(own, requests=0)
+            self._silent += 1
 
     def _accept_from(self, index: int, listener: Any) -> bool:
-        return self._count((*_name(listener), listener), False)
+        before = self.nr_conns
+        self.accept(*_name(listener), listener)
+        return self.nr_conns > before
 
     def accept_own(self, index: int) -> bool:
         """Accept what the poller did not report."""
@@ -193,10 +194,10 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         self.alive = False  # also when it is the arbiter that has gone
         self.leave()
         self.watch_listeners()
-        own = [s for s, exclusive in zip(self.sockets, self.exclusive(), strict=True) if exclusive]
-        while self.awaits(own) or self._hears():
+        own = {i: self.sockets[i] for i, exclusive in enumerate(self.exclusive()) if exclusive}
+        while self.awaits(own.values()) or self._hears():
             self.notify()
-            if not any(self._count((*_name(s), s), True) for s in own):
+            if not any(self._accept_from(i, listener) for i, listener in own.items()):
                 time.sleep(0.001)
 
     def _hears(self) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from time import monotonic, monotonic_ns
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from hermes_gunicorn import arbiter, forks, policy, privileges
 from hermes_gunicorn.dispatch.shared import Admission
+from hermes_gunicorn.errors import HermesError
 from hermes_gunicorn.keeping import Keeping, waited_for_cores
 from hermes_gunicorn.listener import waiting
 from hermes_gunicorn.rescue import Rescuer
@@ -32,10 +34,13 @@ _BOOKED_WITHIN: Final = 0.01  # seconds: the kernel chooses first and books then
 _WEIGHS: Final = 1.0  # seconds between decisions whether to keep connections
 _WEIGHS_IF_HELD: Final = 0.2  # the same, where requests hold the loop
 _SELDOM: Final = 1.0  # seconds between looks by a worker that does not help
-_REFRESHES: Final = (
-    0.9  # seconds between looks at the own row and queue, by what is called each second
-)
+_REFRESHES: Final = 0.9  # seconds between looks at the own row, by what is called each second
+_COMPLAINS: Final = 60.0  # seconds between lines that say the same
 _QUIET_NS: Final = 3_000_000_000  # without a dispatch for so long, none is on its way
+
+
+def _is_from(package: str, this: type) -> bool:
+    return this.__module__.partition(".")[0] == package
 
 
 class HermesMixin(_Base):  # type: ignore[misc]
@@ -51,6 +56,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
             than one should not be accepted at a time, as nobody else can serve it any more.
             Not where cores are short, for then siblings are held up as well.
         keeping: whether responses close their connection.
+        never_called: methods of the gunicorn class that are not called under this one.
     """
 
     assignment: arbiter.Assignment | None = None
@@ -59,15 +65,19 @@ class HermesMixin(_Base):  # type: ignore[misc]
     serves_inline = False  # accepting a connection is serving it
     may_close = True  # obeys ``keeping``
     holds = False
+    never_called: ClassVar[tuple[str, ...]] = ()
     _held_at = -_HELD_NS
     _wakes_ns = policy.NEVER
     _rescuer: Rescuer | None = None
+    _paused_rescuer: Rescuer | None = None
+    _rescue_failed = float("-inf")  # when that was told last
     _admissions: Mapping[int, Admission] = {}
     _refreshed = 0.0
     _weighed = float("inf")
     _left = 0.0
     _accepted = 0  # ``publisher.accepted`` at the last look at the own queue
     _reported: frozenset[str] = frozenset()
+    _stops_at_once = False
     _owed = 0  # ``publisher.accepted`` when all is taken that waited at ``leave``
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -81,7 +91,22 @@ class HermesMixin(_Base):  # type: ignore[misc]
         check = getattr(super(), "check_config", None)
         if check is not None:
             check(cfg, log)
+        cls._refuse_overrides_in_vain()
         arbiter.install(cfg)
+
+    @classmethod
+    def _refuse_overrides_in_vain(cls) -> None:
+        """Raise for a method in a class of the user's that would never be called."""
+        for name in cls.never_called:
+            defining = [each for each in cls.__mro__ if name in vars(each)]
+            ours = [i for i, each in enumerate(defining) if _is_from("hermes_gunicorn", each)]
+            for each in defining[ours[-1] + 1 :] if ours else defining:
+                if not _is_from("gunicorn", each):
+                    raise HermesError(
+                        f"{each.__module__}.{each.__qualname__}.{name} is never called under"
+                        f" {cls.__name__}, as hermes workers wait and accept themselves; remove it,"
+                        " or use the stock worker class"
+                    )
 
     def init_process(self) -> None:
         """Run the worker, from just after the fork to its end."""
@@ -112,11 +137,21 @@ class HermesMixin(_Base):  # type: ignore[misc]
 
     def abandon(self) -> None:
         """In a child that the application forked: let go of what is this worker's alone."""
-        self._rescuer = None
+        self._rescuer = self._paused_rescuer = None
         for sock, exclusive in zip(self.sockets, self.exclusive(), strict=False):
             if exclusive:
                 with contextlib.suppress(AttributeError, OSError):  # it is closed already
                     socket.close(sock.detach())  # gevent's os.close would wait for the loop
+
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        """Stop at once, on INT or QUIT; an application may catch the exit."""
+        self._stops_at_once = True
+        super().handle_quit(sig, frame)
+
+    def handle_abort(self, sig: int, frame: Any) -> None:
+        """Stop at once, on ABRT: the heartbeat was late, and KILL is next."""
+        self._stops_at_once = True
+        super().handle_abort(sig, frame)
 
     def exclusive(self) -> list[bool]:
         """Say for each of ``sockets`` whether it is this worker's alone."""
@@ -189,6 +224,13 @@ class HermesMixin(_Base):  # type: ignore[misc]
         self.publisher.at_turn(self._turned)
         self.publisher.ready(capacity)
 
+    def has_siblings(self) -> bool:
+        """Tell whether there are other workers to accept connections, now or soon."""
+        publisher = self.publisher
+        if not publisher.slot:  # in no table that others are in
+            return bool(self.cfg.workers > 1)
+        return publisher.table.has_others(publisher.slot)
+
     def until_look(self) -> float:
         """Return for how many seconds the siblings need not be looked after."""
         if self._rescuer is None or self.publisher.drained:
@@ -202,13 +244,29 @@ class HermesMixin(_Base):  # type: ignore[misc]
         if not self.publisher.drained:
             try:
                 self._rescuer.look(self.serves_inline or self.holds, self.keeping.starved)
-            except Exception:
-                self._rescuer = None
-                self.log.exception("hermes: no more rescue from this worker")
+            except Exception as error:
+                self._pause_rescue(error)
                 return
         if self._rescuer.next_ns < self._wakes_ns:
             self._wakes_ns = self._rescuer.next_ns
             self.wake_in(max(self.until_look(), 0.001))
+
+    def _pause_rescue(self, error: Exception) -> None:
+        """Leave siblings alone for a second or two; whatever this was, it may pass."""
+        self._paused_rescuer, self._rescuer = self._rescuer, None
+        now = monotonic()
+        if now - self._rescue_failed < _COMPLAINS:
+            return
+        self._rescue_failed = now
+        text = "hermes: cannot take over connections that wait for other workers: %s. This worker"
+        text += " keeps serving its own and tries again every second"
+        if isinstance(error, OSError):
+            remedy = ""
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                remedy = ". Allow more open files (ulimit -n, systemd: LimitNOFILE=)"
+            self.log.warning(text + remedy, error.strerror)
+        else:
+            self.log.exception(text, error)
 
     def wake_in(self, seconds: float) -> None:
         """Have ``look_again`` called; replaces what was wanted before.
@@ -223,7 +281,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
 
     def leave(self) -> None:
         """Be chosen no more; what was sent here already is still to be taken."""
-        self._rescuer = None
+        self._rescuer = self._paused_rescuer = None
         self._left = monotonic()
         self.publisher.draining()
         self._owed = self.publisher.accepted + self._waiting()
@@ -233,20 +291,29 @@ class HermesMixin(_Base):  # type: ignore[misc]
     def awaits(self, own: Iterable[Any]) -> bool:
         """After ``leave``: whether to accept what was sent here before, or is on its way still.
 
-        No more than that: with nobody else left, as at a stop, all that is new comes here.
+        No more than that: with nobody else left, as at a stop, all that is new comes here. And
+        nothing at the end of a life (``max_requests``): the siblings and the slot's next owner
+        go on, as with gunicorn's one listener.
 
         Args:
             own: the exclusive listeners it is accepted from.
         """
+        if self._stops_at_once or self.nr >= self.max_requests:
+            return False
         since = monotonic() - self._left
-        if since < _BOOKED_WITHIN or (self.publisher.queued > 0 and self.in_grace()):
+        if since < _BOOKED_WITHIN:
             return True
+        if self.in_grace():
+            self.settle()  # siblings take what they find, and are not waited for
+            if self.publisher.expects:
+                return True
         owes = self.publisher.accepted < self._owed and since < self.cfg.graceful_timeout
         return owes and any(map(waiting, own))
 
     def in_grace(self) -> bool:
         """After ``leave``: whether it is too early to give up those who say nothing."""
-        return monotonic() - self._left < min(HANDSHAKE_GRACE, float(self.cfg.graceful_timeout))
+        grace = min(HANDSHAKE_GRACE, float(self.cfg.graceful_timeout))
+        return not self._stops_at_once and monotonic() - self._left < grace
 
     def _turned(self, woke_ns: int) -> int:
         """At the end of a turn of the loop: what was lost meanwhile, who needs help."""
@@ -259,6 +326,8 @@ class HermesMixin(_Base):  # type: ignore[misc]
         if self.publisher.lost and self.publisher.drifted:
             if busy_ns >= policy.REMARKABLE_NS:  # at their peak workers help each other often
                 self._tell(busy_ns)
+            self.settle()
+        elif self.publisher.has_overdue():
             self.settle()
         self.look()
         return 0 if self.serves_inline else min(self._schedule(woke_ns), woke_ns + _MIND_NS)
@@ -279,8 +348,8 @@ class HermesMixin(_Base):  # type: ignore[misc]
 
     def settle(self) -> None:
         """Write off connections that were sent here but never came."""
-        if self.publisher.drifted and not self._waiting():
-            self.publisher.settle(_QUIET_NS)
+        if self.publisher.drifted:
+            self.publisher.settle(_QUIET_NS, self._waiting())
 
     def held(self, ns: int) -> None:
         """Nothing else could be served for so many nanoseconds."""
@@ -310,14 +379,19 @@ class HermesMixin(_Base):  # type: ignore[misc]
         super().notify()
         self.mend()
 
+    def is_heartbeat_due(self) -> bool:
+        """Tell whether a second has passed since the last ``notify``, or nearly one."""
+        return monotonic() - self._refreshed >= _REFRESHES
+
     def mend(self) -> None:
         """Once a second see to the row; to be called as often or more."""
         self._weigh(_WEIGHS)
-        now = monotonic()
-        if now - self._refreshed >= _REFRESHES:
-            self._refreshed = now
+        if self.is_heartbeat_due():
+            self._refreshed = monotonic()
             self.publisher.refresh()
             self.settle()
+            if self._paused_rescuer is not None:
+                self._rescuer, self._paused_rescuer = self._paused_rescuer, None
             self._look_at_own()
 
     def _look_at_own(self) -> None:

@@ -12,7 +12,6 @@ import select
 import time
 from typing import Any
 
-from gunicorn import util
 from gunicorn.workers import sync
 
 from hermes_gunicorn.workers.mixin import HermesMixin
@@ -27,6 +26,8 @@ class HermesSyncWorker(HermesMixin, sync.SyncWorker):  # type: ignore[misc]
 
     serves_inline = True
     may_close = False  # it never keeps one
+    never_called = ("run", "run_for_one", "run_for_multiple", "wait")
+    _accepts_own = False  # from a listener of its own, at the moment
 
     def run(self) -> None:
         """Serve until told to stop, then take what was sent here. Follows ``SyncWorker.run``."""
@@ -70,21 +71,24 @@ class HermesSyncWorker(HermesMixin, sync.SyncWorker):  # type: ignore[misc]
                 self._accept_from(index, self.sockets[index], self.exclusive()[index])
 
     def _accept_from(self, index: int, listener: Any, own: bool = False) -> bool:
+        self._accepts_own = own
         try:
-            client, address = listener.accept()
+            self.accept(listener)
         except OSError as error:
             if error.errno in _NOBODY:
                 return False
             raise
-        self.publisher.opened(own)
+        return True
+
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+        """Serve a connection, whose request has the whole of ``timeout`` as under gunicorn."""
+        self.publisher.opened(self._accepts_own)
         try:
-            client.setblocking(1)
-            util.close_on_exec(client)
-            self.handle(listener, client, address)
+            self.notify()
+            super().handle(listener, client, addr)
         finally:
             self.publisher.ended()
             self.publisher.closed()
-        return True
 
     def _drain(self) -> None:
         """Leave without losing a connection."""

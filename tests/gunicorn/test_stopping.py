@@ -1,0 +1,122 @@
+"""A worker that is to end does so as soon as gunicorn's own, but for what it owes."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+
+import psutil
+import pytest
+from gunicorn_server import Server, wait_for
+
+STOCK = ["sync", "gthread", "gevent"]
+OURS = ["hermes_sync", "hermes_gthread", "hermes", "hermes_gevent_pywsgi"]
+FEW = 40  # heartbeats; while it waits for nothing a worker has one each millisecond or two
+
+TELL_WHAT_HAPPENS = """
+import os
+import signal
+import time
+
+import apps
+from gunicorn.workers.base import Worker
+
+from hermes_gunicorn.table import WORKER
+
+beats = 0
+notify, serve = Worker.notify, apps.app
+
+
+def notify_and_count(worker):
+    global beats
+    beats += 1
+    notify(worker)
+
+
+def write(publisher, **words):
+    for name, value in words.items():
+        publisher._words[WORKER.index(name)] = value
+
+
+def app(environ, start_response):
+    global beats
+    print(f"{os.getpid()} begins a request", flush=True)
+    path = environ["PATH_INFO"]
+    publisher = getattr(apps.worker, "publisher", None)
+    if publisher and path in ("/coming", "/stolen"):
+        now = time.monotonic_ns()
+        write(publisher, dispatched=publisher._words[WORKER.index("dispatched")] + 3)
+        write(publisher, last_dispatch_ns=now)
+        if path == "/stolen":
+            write(publisher, rescued_at_ns=now + 1)
+    if path == "/stolen":
+        os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        return serve(environ, start_response)
+    finally:
+        beats = 0
+
+
+def worker_exit(server, worker):
+    print(f"{worker.pid} ends after {beats} heartbeats", flush=True)
+
+
+Worker.notify = notify_and_count
+apps.app = app
+"""
+
+
+def heartbeats_at_the_end(server: Server, pid: int) -> int:
+    """Wait for a worker's end and return how many heartbeats it had after its last request."""
+    (line,) = wait_for(lambda: server.lines(f"{pid} ends after"), "its end")
+    return int(line.split()[-2])
+
+
+@contextlib.contextmanager
+def at_work_with_a_queue(server: Server, seconds: float, waiting: int):
+    """Have both workers block, with so many more requests behind them; yield the clients."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(2 + waiting)]
+        for client in clients:
+            client.send(f"/block?{seconds}")
+        wait_for(lambda: len(list(server.folder.glob("blocked-*"))) == 2, "both to be at work")
+        yield clients
+
+
+@pytest.mark.parametrize(
+    ("worker_class", "number"),
+    [
+        ("sync", signal.SIGINT),
+        ("hermes_sync", signal.SIGINT),
+        ("sync", signal.SIGABRT),
+        ("hermes_sync", signal.SIGABRT),
+        ("hermes_gthread", signal.SIGQUIT),
+        ("hermes", signal.SIGQUIT),
+    ],
+)
+def test_who_is_to_stop_at_once_begins_no_further_request(start, worker_class, number):
+    server = start("--threads", "1", worker_class=worker_class, conf=TELL_WHAT_HAPPENS)
+    with at_work_with_a_queue(server, 0.5, 8):
+        victim = min(server.worker_pids())
+        begun = len(server.lines(f"{victim} begins"))
+        psutil.Process(victim).send_signal(number)
+        heartbeats_at_the_end(server, victim)
+        # What gevent has accepted already may begin before it is told.
+        assert len(server.lines(f"{victim} begins")) - begun <= (worker_class == "hermes")
+
+
+@pytest.mark.parametrize("worker_class", [*STOCK, *OURS])
+def test_a_life_that_max_requests_ends_is_over_at_once(start, worker_class):
+    server = start("--max-requests", "20", worker_class=worker_class, conf=TELL_WHAT_HAPPENS)
+    before = server.worker_pids()
+    while not (ended := [pid for pid in before if server.lines(f"{pid} ends after")]):
+        with contextlib.suppress(ConnectionError):  # gunicorn 23's own gthread loses some
+            server.get("/coming")
+    assert heartbeats_at_the_end(server, ended[0]) < FEW
+
+
+@pytest.mark.parametrize("worker_class", ["sync", "hermes_sync"])
+def test_what_siblings_took_is_not_waited_for(start, worker_class):
+    server = start(worker_class=worker_class, conf=TELL_WHAT_HAPPENS)
+    victim = int(server.get("/stolen"))
+    assert heartbeats_at_the_end(server, victim) < FEW
