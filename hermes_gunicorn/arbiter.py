@@ -195,7 +195,8 @@ class Coordinator:
         self._monitor = Monitor(server, self._shown)
         lifecycle.at_turn(server, self._monitor.turn)
         self._statsd = Reporter(self.table)
-        self._keep = lifecycle.at_turn(server, self._keep_dispatching)
+        lifecycle.at_turn(server, self._rescue_strays)
+        self._attach = lifecycle.at_turn(server, self._keep_attached)
         lifecycle.at_turn(server, self._report_metrics)
         lifecycle.at_turn(server, self.mirror)
         lifecycle.at_turn(server, self._maintain)
@@ -209,7 +210,7 @@ class Coordinator:
         reconfigured = self._configure()
         self.mirror()
         self._dispatch(strict, reconfigured)
-        self._keep()
+        self._attach()
         if self.dispatchers:
             self._reserve()
 
@@ -566,12 +567,11 @@ class Coordinator:
             else:
                 self.server.log.info("hermes: kernel dispatch on %s taken back", listener)
 
-    def _keep_dispatching(self) -> None:
+    def _keep_attached(self) -> None:
         """Once a second and at each fork: see that new connections go where our program says.
 
         Workers can detach it or attach another, as they have listeners.
         """
-        self._rescue_strays()
         if self.server.reexec_pid:
             return  # the addresses are the next arbiter's
         for listener, dispatcher in self.dispatchers.items():
@@ -597,7 +597,7 @@ class Coordinator:
             (self._incomplete.discard if complete else self._incomplete.add)(listener)
 
     def _rescue_strays(self) -> None:
-        """Have workers take what waits where our program did not send it.
+        """Once a second: have workers take what waits where our program did not send it.
 
         Most of it waits on listeners of no worker. Our program sends nothing there, but the
         kernel's hash does, so this is also how it shows that our program was not attached.

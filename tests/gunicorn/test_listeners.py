@@ -328,7 +328,8 @@ def test_when_a_worker_takes_the_program_away_requests_are_answered(start, attac
     server = start(*UNHURRIED, conf=conf, worker_class="hermes_gthread")
     number = signal.SIGRTMIN + (attack == "replace")
     for turn in range(1, 3):
-        attacker = sorted(server.worker_pids())[0]
+        before = server.worker_pids()
+        attacker = min(before)
         os.kill(attacker, number)
         wait_for(lambda t=turn: len(server.lines("done")) == t, "the attack")
         if then == "fork":
@@ -341,7 +342,8 @@ def test_when_a_worker_takes_the_program_away_requests_are_answered(start, attac
         if then == "freeze":
             psutil.Process(attacker).resume()
         elif then != "turn":
-            wait_for(lambda a=attacker: a not in server.worker_pids(), "its end")
+            ended = before if then == "reload" else {attacker}
+            wait_for(lambda e=ended: not e & server.worker_pids(), "their end")
         server.wait_ready()
         wait_for(lambda: dispatches(server), "dispatch by the kernel")
     if then == "turn":
