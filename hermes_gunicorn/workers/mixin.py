@@ -13,7 +13,7 @@ from hermes_gunicorn.keeping import Keeping, waited_for_cores
 from hermes_gunicorn.listener import waiting
 from hermes_gunicorn.rescue import Rescuer
 from hermes_gunicorn.scheduler import Scheduler
-from hermes_gunicorn.table import Publisher
+from hermes_gunicorn.table import SHARED_SLOT, Publisher
 
 if TYPE_CHECKING:
     from gunicorn.config import Config
@@ -167,6 +167,11 @@ class HermesMixin(_Base):  # type: ignore[misc]
         self.publisher.at_turn(self._turned)
         self.publisher.ready(capacity)
 
+    def alone(self) -> bool:
+        """Tell whether no other worker could serve what comes now. TTIN, TTOU change that."""
+        slot = self.publisher.slot
+        return slot != SHARED_SLOT and not self.publisher.table.eligible() & ~(1 << slot)
+
     def until_look(self) -> float:
         """Return for how many seconds the siblings need not be looked after."""
         if self._rescuer is None or self.publisher.drained:
@@ -273,8 +278,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
             return
         self._weighed = now
         table = self.publisher.table
-        alone = table.eligible().bit_count() < 2
-        closes = self.keeping.weigh(elapsed * 1e9, waited_for_cores(), alone)
+        closes = self.keeping.weigh(elapsed * 1e9, waited_for_cores(), self.alone())
         if closes and not table.closing_since_ns:  # one line for all workers
             table.closing_since_ns = monotonic_ns()
             self.log.info(
