@@ -30,6 +30,7 @@ _WITH_SIBLINGS: Final = 4  # the same; nobody else can serve those behind one th
 _TURNS_TO_START: Final = 8  # of the loop, from accepting a connection to its request; 3 to 5
 _STARTS_WITHIN: Final = 0.005  # seconds from accepting a connection to its request, mostly
 _AFTER_WAITING_IN_VAIN: Final = 20 * _STARTS_WITHIN  # seconds until a request is waited for again
+_SOON: Final = 1.0  # seconds in which a worker creates its servers
 _NO_FILES: Final = 1.0  # seconds to wait when no more can be opened, as asyncio does
 _AFTER_GRACE: Final = 1.0  # seconds more than graceful_timeout, for a worker without an arbiter
 
@@ -214,6 +215,7 @@ class _Server(asyncio.AbstractServer):
         if self._backlog is not None:  # else it stays the one that gunicorn was given
             self._listener.listen(self._backlog)
         self._serving = True
+        self._worker.begin_serving()
         self.follow()
 
     def follow(self) -> None:
@@ -413,8 +415,6 @@ class HermesAsyncioMixin(HermesMixin):
             server = self._servers[index] = _Server(self, index, factory, options)
             if options.get("start_serving", True):
                 server.start()
-            if len(self._servers) == len(self.sockets):
-                self._start()
             return server
 
         loop.create_server = create  # type: ignore[method-assign, assignment]
@@ -437,19 +437,13 @@ class HermesAsyncioMixin(HermesMixin):
                     return index
         return None
 
-    def _start(self) -> None:
-        """Accept from now on: each listener has a server, or will have none."""
+    def begin_serving(self) -> None:
+        """Accept from now on. The servers of other listeners are made at once, or never."""
         if self._begun:
             return
-        for index, listener in enumerate(self.sockets):
-            if index in self._servers:
-                listener.setblocking(False)
-            else:
-                self.log.warning(
-                    "hermes: this worker does not serve %s, as no server was created for it;"
-                    " connections that are sent to it wait for other workers",
-                    listener,
-                )
+        self._begun = True
+        for listener in self.sockets:
+            listener.setblocking(False)
         # There is no limit but that of open files; where that is infinite it is negative.
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         capacity = files if files > 0 else WEIGHT
@@ -458,15 +452,18 @@ class HermesAsyncioMixin(HermesMixin):
         except Exception:
             self.log.exception("hermes: this worker serves, and does not help others")
             self.publisher.ready(capacity)
-        self._begun = True
+        self._loop.call_later(_SOON, self._tell_what_is_not_served)
         self._each_second()
         self.look_again()
 
-    def notify(self) -> None:
-        """Tell the arbiter that the loop turns; from the first time on the class has started."""
-        super().notify()
-        if self._servers:
-            self._start()
+    def _tell_what_is_not_served(self) -> None:
+        unserved = {str(s) for index, s in enumerate(self.sockets) if index not in self._servers}
+        if unserved and not self._leaving:
+            self.log.warning(
+                "hermes: this worker does not serve %s, as no server was created for it;"
+                " connections that are sent to it there wait for other workers",
+                ", ".join(sorted(unserved)),
+            )
 
     def _each_second(self) -> None:
         """See to the row and follow changes in who serves what.

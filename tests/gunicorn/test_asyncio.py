@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import socket
 import statistics
@@ -16,7 +17,7 @@ from typing import Any
 import gunicorn
 import psutil
 import pytest
-from gunicorn_server import Server, listens, wait_for
+from gunicorn_server import Server, free_port, listens, wait_for
 
 SUPPORT = Path(__file__).parents[1] / "support"
 UVICORN = """
@@ -278,3 +279,88 @@ def test_clients_that_send_no_request_do_not_keep_others_waiting(
     stock = median(serve(kind, "stock", "--keep-alive", "30", workers=2), says, stays)
     print(f"{alone=:.1f} {disturbed=:.1f} {stock=:.1f} ms")
     assert disturbed < 3 * max(alone, stock) + 5
+
+
+CONTRACT = """
+from asyncio_contract import Contract as Stock
+from hermes_gunicorn.workers.asyncio import HermesAsyncioMixin
+
+class Ours(HermesAsyncioMixin, Stock): ...
+"""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_create_server_does_what_the_loops_own_does(launch, loop: str, certificate: list[str]):
+    found = {}
+    environ = {"PYTHONPATH": str(SUPPORT), "LOOP": loop}
+    environ |= {"CERT": certificate[1], "KEY": certificate[3]}
+    for whose in ("Stock", "Ours"):
+        server = launch(
+            conf=f"{CONTRACT}\nworker_class = {whose}\n",
+            bind=[f"127.0.0.1:{free_port()}" for _ in range(5)],
+            worker_class=None,
+            workers=1,
+            environ=environ,
+        )
+        path = server.folder / "found.json"
+        wait_for(path.exists, "what it found")
+        found[whose] = json.loads(path.read_text())
+    assert found["Ours"] == found["Stock"]
+    # So that nothing is equal that failed in both.
+    assert found["Ours"]["late"] == [False, False, True, True, 7, [True], True]
+    assert found["Ours"]["forever"] == [True, True, True, True, False, 0, -1]
+    assert len(server.lines("Echo has no application")) == 1
+
+
+ONE_FAILS = """
+from gunicorn.workers.gasgi import ASGIWorker
+from hermes_gunicorn.workers.asyncio import HermesAsyncioMixin
+
+class Stock(ASGIWorker):
+    async def _serve(self):
+        create_server = self.loop.create_server
+
+        async def create(*args, sock, **options):
+            if sock.getsockname()[1] == PORT:
+                raise OSError("on purpose")
+            return await create_server(*args, sock=sock, **options)
+
+        self.loop.create_server = create
+        await super()._serve()
+
+class Ours(HermesAsyncioMixin, Stock): ...
+"""
+
+
+@pytest.mark.skipif(not HAS_ASGI, reason="this gunicorn has no ASGI worker")
+@both
+def test_who_cannot_serve_one_address_serves_the_other(launch, whose: str):
+    port, other = free_port(), free_port()
+    server = launch(
+        conf=f"{ONE_FAILS.replace('PORT', str(other))}\nworker_class = {whose.capitalize()}\n",
+        bind=[f"127.0.0.1:{other}", f"127.0.0.1:{port}"],
+        port=port,
+        worker_class=None,
+        app="apps:asgi",
+        workers=1,
+    ).wait_ready()
+    assert server.get("/pid")
+    if whose == "ours":
+        wait_for(lambda: server.lines("does not serve", str(other)), "a word")
+
+
+BEGIN_FAILS = """
+from hermes_gunicorn.workers.mixin import HermesMixin
+
+def begin(worker, *args):
+    raise RuntimeError("on purpose")
+
+HermesMixin.begin = begin
+"""
+
+
+@each_kind
+def test_a_worker_that_cannot_help_others_serves(serve, kind: str):
+    server = serve(kind, "ours", conf=BEGIN_FAILS, workers=1)
+    assert server.get("/pid")
+    assert server.lines("does not help others")
