@@ -457,8 +457,10 @@ class HermesAsyncioMixin(HermesMixin):
         self.look_again()
 
     def _tell_what_is_not_served(self) -> None:
+        if self._leaving:
+            return  # uvicorn has closed them
         unserved = {str(s) for index, s in enumerate(self.sockets) if index not in self._servers}
-        if unserved and not self._leaving:
+        if unserved:
             self.log.warning(
                 "hermes: this worker does not serve %s, as no server was created for it;"
                 " connections that are sent to it there wait for other workers",
