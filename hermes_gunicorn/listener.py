@@ -31,11 +31,14 @@ class _HasOptions(Protocol):
 
 
 def waiting(listener: _HasOptions) -> int:
-    """Count the connections that wait to be accepted from a TCP listener; 0 if unknown."""
+    """Count the connections that wait to be accepted from a TCP listener; 0 if unknown.
+
+    gunicorn's class has no such attribute once it is closed.
+    """
     try:
         info = listener.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _TCPI_UNACKED + 4)
         return int(struct.unpack_from("=I", info, _TCPI_UNACKED)[0])
-    except (OSError, struct.error):
+    except (AttributeError, OSError, struct.error):
         return 0
 
 

@@ -68,7 +68,7 @@ class PublishingServer(StreamServer):  # type: ignore[misc]
 
     def follow(self) -> None:
         """Obey a change of who serves this listener, and of how many do."""
-        self.max_accept = 1 if self.worker.has_siblings() else super().max_accept
+        self.max_accept = super().max_accept if self.worker.alone() else 1
         if not self.serves():
             self.stop_accepting()
         elif self.started and not self.full():

@@ -16,7 +16,7 @@ from hermes_gunicorn.keeping import Keeping, waited_for_cores
 from hermes_gunicorn.listener import waiting
 from hermes_gunicorn.rescue import Rescuer
 from hermes_gunicorn.scheduler import Scheduler
-from hermes_gunicorn.table import Publisher
+from hermes_gunicorn.table import SHARED_SLOT, Publisher
 
 if TYPE_CHECKING:
     from gunicorn.config import Config
@@ -224,12 +224,10 @@ class HermesMixin(_Base):  # type: ignore[misc]
         self.publisher.at_turn(self._turned)
         self.publisher.ready(capacity)
 
-    def has_siblings(self) -> bool:
-        """Tell whether there are other workers to accept connections, now or soon."""
-        publisher = self.publisher
-        if not publisher.slot:  # in no table that others are in
-            return bool(self.cfg.workers > 1)
-        return publisher.table.has_others(publisher.slot)
+    def alone(self) -> bool:
+        """Tell whether no other worker could serve what comes now. TTIN, TTOU change that."""
+        slot = self.publisher.slot
+        return slot != SHARED_SLOT and not self.publisher.table.eligible() & ~(1 << slot)
 
     def until_look(self) -> float:
         """Return for how many seconds the siblings need not be looked after."""
@@ -364,8 +362,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
             return
         self._weighed = now
         table = self.publisher.table
-        alone = table.eligible().bit_count() < 2
-        closes = self.keeping.weigh(elapsed * 1e9, waited_for_cores(), alone)
+        closes = self.keeping.weigh(elapsed * 1e9, waited_for_cores(), self.alone())
         if closes and not table.closing_since_ns:  # one line for all workers
             table.closing_since_ns = monotonic_ns()
             self.log.info(

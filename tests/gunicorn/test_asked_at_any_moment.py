@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 import time
@@ -12,44 +11,35 @@ from typing import Any
 
 import psutil
 import pytest
-from gunicorn_server import Server, free_port, wait_for
+from gunicorn_server import Server, ask_server, free_port, wait_for
 
 from hermes_gunicorn.errors import HermesError
-from hermes_gunicorn.monitor import control
 
 
 class Asker:
-    """Asks an arbiter all the time, and signals it more often than that."""
+    """Asks an arbiter all the time."""
 
     def __init__(self, arbiter: int) -> None:
         self.arbiter = arbiter
         self.answers: list[tuple[float, dict[str, Any]]] = []
         self.refusals: list[tuple[float, str]] = []
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=each) for each in (self._ask, self._signal)]
-        for thread in self._threads:
-            thread.start()
+        self._thread = threading.Thread(target=self._ask)
+        self._thread.start()
 
     def _ask(self) -> None:
         while not self._stop.is_set():
             began = time.monotonic()
             try:
-                self.answers.append((began, control.ask(self.arbiter, "status")))
+                self.answers.append((began, ask_server(self.arbiter, "status")))
             except HermesError as error:
                 self.refusals.append((began, str(error)))
             time.sleep(0.005)
 
-    def _signal(self) -> None:
-        while not self._stop.is_set():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.arbiter, signal.SIGURG)
-            time.sleep(0.001)
-
     def stop(self) -> None:
         """End."""
         self._stop.set()
-        for thread in self._threads:
-            thread.join()
+        self._thread.join()
 
     def binds(self) -> int:
         """Say how many addresses the last answer told of."""
@@ -62,7 +52,7 @@ class Asker:
     def wait_answered(self) -> dict[str, Any]:
         """Wait for the answer to a question that is asked from now on."""
         now = time.monotonic()
-        wait_for(lambda: self.answers and self.answers[-1][0] > now, "an answer", 10)
+        wait_for(lambda: self.answers and self.answers[-1][0] > now, "an answer")
         return self.answers[-1][1]
 
 
@@ -103,10 +93,10 @@ def test_it_is_answered_while_it_starts_reloads_and_drains(launch, mode):
             wait_for(lambda: asker.binds() == len(used), "the reload")  # noqa: B023
         server.wait_ready()
         with server.connect() as client:
-            client.send("/sleep?1.5")
+            client.send("/sleep?3")
             wait_for(lambda: sum(row["requests"] for row in server.rows()) > 1, "the request")
             server.signal(signal.SIGTERM)
-            wait_for(lambda: "draining" in asker.states(), "the drain to be told", 3)
+            wait_for(lambda: "draining" in asker.states(), "the drain to be told")
             client.receive()
         server.wait_ended()
     assert_no_errors(server)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from gunicorn_server import Client, Server, free_port, under_load, wait_for
+from gunicorn_server import Client, Server, ask_server, free_port, under_load, wait_for
 
-from hermes_gunicorn.monitor import control
 from hermes_gunicorn.table import CASCADE, LEAST_LOADED
 
 
@@ -57,7 +56,7 @@ def test_a_reload_switches_the_policy_and_a_running_server_can_be_switched(start
     server.signal(signal.SIGHUP)
     wait_for(lambda: server.table()["policy"] == CASCADE, "the policy of the reload")
     server.wait_ready()
-    control.ask(server.process.pid, "set", name="policy", value="least_loaded")
+    ask_server(server.process.pid, "set", name="policy", value="least_loaded")
     server.signal(signal.SIGTTIN)
     server.wait_ready(3)
     # A worker more does not bring back what the file says.

@@ -7,9 +7,7 @@ from collections import Counter
 
 import psutil
 import pytest
-from gunicorn_server import under_load, wait_for
-
-from hermes_gunicorn.monitor import control
+from gunicorn_server import ask_server, under_load, wait_for
 
 WORKERS = 130
 
@@ -26,7 +24,7 @@ def test_130_workers_share_kept_alive_connections_evenly(launch):
 
     def is_idle() -> bool:
         # From outside: a worker that answers has a request for as long as it waits for a core.
-        workers = control.ask(server.process.pid, "status")["workers"]
+        workers = ask_server(server.process.pid, "status")["workers"]
         return not any(worker["requests"] or worker["queued"] for worker in workers)
 
     wait_for(is_idle, "all questions to be off the books")

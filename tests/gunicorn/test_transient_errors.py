@@ -8,9 +8,7 @@ import socket
 
 import psutil
 import pytest
-from gunicorn_server import free_port, wait_for
-
-from hermes_gunicorn.monitor.control import ask
+from gunicorn_server import ask_server, free_port, wait_for
 
 
 @contextlib.contextmanager
@@ -68,10 +66,10 @@ def test_a_monitor_answers_after_a_moment_without_files(start):
     port = free_port()
     server = start("--hermes-stats", f"127.0.0.1:{port}", workers=1)
     monitor = wait_for(lambda: listening(port), "the monitor")
-    assert ask(server.process.pid, "status")
+    assert ask_server(server.process.pid, "status")
     with without_files(monitor):
-        assert ask(server.process.pid, "status")  # for which it had a number already
-    assert ask(server.process.pid, "status")
+        assert ask_server(server.process.pid, "status")  # for which it had a number already
+    assert ask_server(server.process.pid, "status")
 
 
 FAILS_TWICE = """

@@ -22,7 +22,7 @@ import psutil
 from ports import free_port
 
 from hermes_gunicorn.errors import HermesError
-from hermes_gunicorn.monitor.control import ask
+from hermes_gunicorn.monitor import control
 
 # Seconds. They end a test that hangs and judge nothing: far more than a busy machine needs.
 READY_WITHIN = 60.0
@@ -43,6 +43,18 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = READY_WIT
         assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
         time.sleep(0.02)
     return value
+
+
+def ask_server(pid: int, what: str, **asked: Any) -> Any:
+    """Ask a server as hermesctl does.
+
+    Raises:
+        HermesError: it does not answer, or refuses.
+    """
+    found = [each for each in control.servers(pid) if each.pid == pid]
+    if not found:
+        raise HermesError(f"there is no server with pid {pid}")
+    return control.ask(found[0], what, **asked)
 
 
 def listens(port: int) -> bool:
@@ -291,7 +303,7 @@ class Server:
     def _ask(self, what: str, **asked: Any) -> Any:
         def answered() -> tuple[Any] | None:
             with contextlib.suppress(HermesError):  # it does not wait as long as we do
-                return (ask(self.process.pid, what, **asked),)
+                return (ask_server(self.process.pid, what, **asked),)
             return None
 
         return wait_for(answered, f"the monitor's answer to {what}")[0]
