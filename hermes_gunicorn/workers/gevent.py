@@ -22,6 +22,7 @@ from gunicorn.workers import ggevent
 from hermes_gunicorn.dispatch.shared import PAUSE
 from hermes_gunicorn.policy import NEVER
 from hermes_gunicorn.table import Publisher
+from hermes_gunicorn.workers import closing
 from hermes_gunicorn.workers.mixin import HermesMixin
 
 __all__ = ["HermesGeventWorker", "PublishingServer"]
@@ -121,6 +122,7 @@ class PublishingServer(StreamServer):  # type: ignore[misc]
 class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[misc]
     """gunicorn's gevent worker with a slot of its own."""
 
+    wsgi: Any
     accepted_in = 0  # which turn of the loop; 1 is the next
     _look_timer: Any = None
     _is_orphan = False
@@ -128,6 +130,7 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
     def run(self) -> None:
         """Serve until told to stop, then drain. Follows ``GeventWorker.run``."""
         self._watch_poll()
+        self.wsgi = closing.wsgi(self, self.wsgi)
         self._servers = servers = self._start_servers()
         if self.alive:
             self.begin(self.worker_connections, self._take, self._has_room)
@@ -259,8 +262,6 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         """Count the request while it is in flight."""
         self.began()
-        if self.keeping.closes():
-            req.force_close()
         try:
             return super().handle_request(listener_name, req, sock, addr)
         finally:
