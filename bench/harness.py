@@ -135,6 +135,14 @@ def free_port() -> int:
             return port
 
 
+def answers(port: int) -> bool:
+    """Say whether somebody listens on a port of 127.0.0.1."""
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        return True
+    return False
+
+
 def no_control_socket() -> list[str]:
     """Return the flags that keep gunicorn 25.1 and later from opening one."""
     version = tuple(map(int, gunicorn.__version__.split(".")[:2]))

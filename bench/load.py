@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import json
 import random
+import ssl
 import sys
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ class Plan:
         other_share: 0 to 1.
         connections: kept-alive ones to use; 0: a new one for each request.
         fixed: whether requests come at fixed intervals; else as a Poisson process.
+        tls: whether to speak TLS, with a new session for each connection.
     """
 
     port: int
@@ -44,16 +46,18 @@ class Plan:
     other_share: float = 0.0
     connections: int = 0
     fixed: bool = False
+    tls: bool = False
 
 
 @dataclass
 class Outcome:
-    """What came of it: latencies in seconds, failures, connections by worker."""
+    """What came of it: latencies in seconds, failures, connections by worker and in all."""
 
     latencies: list[float] = dataclasses.field(default_factory=list)
     failed: int = 0
     by_worker: list[int] = dataclasses.field(default_factory=list)
     sent: int = 0
+    opened: int = 0
     seconds: float = 0.0  # from the first arrival to the last answer
 
 
@@ -63,14 +67,19 @@ class Connection:
     When the server says that it closes it, the next request opens another, as clients do.
     """
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self, plan: Plan, outcome: Outcome) -> None:
+        self.plan = plan
+        self.outcome = outcome
         self.turn = asyncio.Lock()
         self.closed = False
 
     async def open(self) -> None:
         """Connect."""
-        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.outcome.opened += 1
+        context = ssl._create_unverified_context() if self.plan.tls else None
+        self.reader, self.writer = await asyncio.open_connection(
+            "127.0.0.1", self.plan.port, ssl=context
+        )
 
     async def ask(self, path: str, keep: bool) -> bytes:
         """Send a request and return the body of the answer."""
@@ -106,7 +115,7 @@ async def run(plan: Plan) -> Outcome:
 
     opening = []
     for _ in range(plan.connections):
-        kept.append(Connection(plan.port))
+        kept.append(Connection(plan, outcome))
         opening.append(asyncio.ensure_future(opened(kept[-1])))
         await asyncio.sleep(chance.expovariate(OPENED_PER_SECOND))
     await asyncio.gather(*opening)
@@ -120,7 +129,7 @@ async def run(plan: Plan) -> Outcome:
                     async with connection.turn:
                         await connection.ask(path, True)
                 else:
-                    connection = Connection(plan.port)
+                    connection = Connection(plan, outcome)
                     await connection.open()
                     await connection.ask(path, False)
         except (OSError, TimeoutError, asyncio.IncompleteReadError):

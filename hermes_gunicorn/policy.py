@@ -62,6 +62,8 @@ __all__ = [
     "Way",
     "better",
     "candidates",
+    "free_sibling",
+    "has_its_own",
     "is_full",
     "is_hung",
     "is_live",
@@ -221,6 +223,38 @@ def better(columns: Columns, slot: int, now_ns: int, threshold_ns: int) -> list[
         or (load == own_load and connections < own_connections)
     ]
     return [other for other in lower if is_live(columns, other, now_ns, threshold_ns)]
+
+
+def free_sibling(columns: Columns, slot: int, among: int) -> bool:
+    """Tell whether a worker in poll has room, and less to do than the one that asks.
+
+    Args:
+        columns: of the table, slot 0 first.
+        slot: who asks; the request that it is about to answer counts.
+        among: bit s: slot s may serve what it is asked for.
+    """
+    own_load = columns.events[slot] * columns.weight[slot]
+    return any(
+        among >> other & 1
+        and not columns.busy_since_ns[other]
+        and events * weight < min(own_load, _FULL)
+        and is_live(columns, other, 0, 0)
+        for other, (events, weight) in enumerate(zip(columns.events, columns.weight, strict=True))
+    )
+
+
+def has_its_own(columns: Columns, slot: int, among: int) -> bool:
+    """Tell whether the one connection of a worker has it to itself, as each of them could.
+
+    To move it would only exchange workers.
+
+    Args:
+        columns: of the table, slot 0 first.
+        slot: whose connection it is.
+        among: bit s: slot s could serve it as well.
+    """
+    workers = among.bit_count() + 1
+    return columns.connections[slot] <= 1 and sum(columns.connections) <= workers
 
 
 def is_live(columns: Columns, slot: int, now_ns: int, threshold_ns: int) -> bool:

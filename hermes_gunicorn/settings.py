@@ -278,11 +278,13 @@ class HermesKeepalive(Setting):  # type: ignore[misc]
         Whether connections are kept where requests hold their worker for long.
 
         A request on a kept connection can only be served by the worker that has it.
-        ``auto``: while requests hold the workers so long (computing, or a driver that
-        does not yield) that on average one has to wait longer for its worker than a new
-        connection takes, each response closes its connection, and the next request goes
-        to a worker that is free. Connections with TLS are kept. ``always``: as without
-        hermes, for as long as ``keepalive`` says.
+        ``auto``: while requests block a worker for a third of the time or more (computing,
+        or a driver that does not yield), responses close their connection where the wait
+        that is expected clearly exceeds what a new connection costs the client, and
+        another worker is free; the next request goes there. Connections with TLS or the
+        PROXY protocol are kept, and so are those with something unread in them.
+        ``always``: as without hermes, for as long as ``keepalive`` says. Choose that behind
+        a proxy that ends TLS at layer 4 without the PROXY protocol.
         """
 
 

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from hermes_gunicorn.dispatch.shared import PAUSE
 from hermes_gunicorn.table import WEIGHT, Publisher
+from hermes_gunicorn.workers.closing import LastResponse
 from hermes_gunicorn.workers.mixin import HANDSHAKE_GRACE, HermesMixin
 
 __all__ = ["HermesAsyncioMixin"]
@@ -108,33 +109,19 @@ def _counting(worker: HermesAsyncioMixin, app: Any, connection: _Connection) -> 
             worker.starts(connection)
         else:
             publisher.began()
-        last = None
-        if worker.keeping.closes() and scope.get("http_version", "")[:2] == "1.":
-            last = send = _LastResponse(send)
+        worker.keeping.began()
+        if (
+            worker.keeping.closing
+            and scope["type"] == "http"
+            and scope["http_version"].startswith("1")
+        ):
+            send = LastResponse(worker, connection, scope, send)
         try:
             await app(scope, receive, send)
-            if last and last.complete and connection.transport:
-                connection.transport.close()  # gunicorn's server does not by itself
         finally:
             publisher.ended()
 
     return hermes
-
-
-class _LastResponse:
-    """Sends a response that says that the connection is closed after it."""
-
-    def __init__(self, send: Any) -> None:
-        self._send = send
-        self.complete = False
-
-    async def __call__(self, message: Any) -> None:
-        if message["type"] == "http.response.start":
-            headers = [*message.get("headers", ()), (b"connection", b"close")]
-            message = {**message, "headers": headers}
-        await self._send(message)
-        if message["type"] == "http.response.body" and not message.get("more_body"):
-            self.complete = True
 
 
 class _Server(asyncio.AbstractServer):

@@ -26,6 +26,7 @@ from hermes_gunicorn.dispatch.shared import PAUSE
 from hermes_gunicorn.errors import HermesError
 from hermes_gunicorn.policy import NEVER
 from hermes_gunicorn.table import Publisher
+from hermes_gunicorn.workers import closing
 from hermes_gunicorn.workers.mixin import HermesMixin
 
 __all__ = ["HermesGeventWorker", "PublishingServer"]
@@ -148,6 +149,7 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
 
     never_called = ("run",)
 
+    wsgi: Any
     accepted_in = 0  # which turn of the loop; 1 is the next
     _look_timer: Any = None
     _is_orphan = False
@@ -170,6 +172,7 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
     def run(self) -> None:
         """Serve until told to stop, then drain. Follows ``GeventWorker.run``."""
         self._watch_poll()
+        self.wsgi = closing.wsgi(self, self.wsgi)
         self._servers = servers = self._start_servers()
         if self.alive:
             self.begin(self.worker_connections, self._take, self._has_room)
@@ -329,8 +332,6 @@ class HermesGeventWorker(HermesMixin, ggevent.GeventWorker):  # type: ignore[mis
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         """Count the request while it is in flight."""
         self.began()
-        if self.keeping.closes():
-            req.force_close()
         try:
             return super().handle_request(listener_name, req, sock, addr)
         finally:

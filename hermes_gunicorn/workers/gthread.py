@@ -16,8 +16,10 @@ from functools import partial
 from time import monotonic_ns
 from typing import Any
 
+from gunicorn import util
 from gunicorn.workers import gthread
 
+from hermes_gunicorn.workers import closing
 from hermes_gunicorn.workers.mixin import HermesMixin
 
 __all__ = ["HermesThreadWorker"]
@@ -44,6 +46,7 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
     _silent = 0  # gunicorn 23: accepted, but nothing has been said yet
     poller: Any
     tpool: Any
+    wsgi: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._listening: set[int] = set()
@@ -63,6 +66,7 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
     def run(self) -> None:
         """Serve until told to stop."""
         self._watch_poll()
+        self.wsgi = closing.wsgi(self, self.wsgi)
         for sock in self.sockets:
             sock.setblocking(False)
         if not _SINCE_24:
@@ -162,9 +166,12 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
 
     def handle_request(self, req: Any, conn: Any) -> Any:
         """Serve a request, in one of the threads."""
-        if self.keeping.closes():  # a count that is lost between threads does no harm
-            req.force_close()
-        return super().handle_request(req, conn)
+        kept = super().handle_request(req, conn)
+        if getattr(req, "hermes_closes", False):
+            # Nothing is unread, so do not wait for the client to close, in the main thread, as
+            # gunicorn 26 and later do.
+            conn.close = lambda **_: util.close(conn.sock)
+        return kept
 
     def finish_request(self, *arguments: Any) -> None:
         """The request is done."""

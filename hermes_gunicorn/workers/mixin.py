@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from hermes_gunicorn import arbiter, forks, policy, privileges
 from hermes_gunicorn.dispatch.shared import Admission
 from hermes_gunicorn.errors import HermesError
-from hermes_gunicorn.keeping import Keeping, waited_for_cores
+from hermes_gunicorn.keeping import Keeping, round_trip_ns, unread, waited_for_cores
 from hermes_gunicorn.listener import waiting
 from hermes_gunicorn.rescue import Rescuer
 from hermes_gunicorn.scheduler import Scheduler
-from hermes_gunicorn.table import SHARED_SLOT, Publisher
+from hermes_gunicorn.table import ALL_SLOTS, SHARED_SLOT, SLOTS_PER_GROUP, Publisher
+from hermes_gunicorn.workers import closing
 
 if TYPE_CHECKING:
     from gunicorn.config import Config
@@ -33,6 +34,9 @@ _HELD_NS: Final = 200_000_000  # after a request that held the loop: others may 
 _BOOKED_WITHIN: Final = 0.01  # seconds: the kernel chooses first and books then
 _WEIGHS: Final = 1.0  # seconds between decisions whether to keep connections
 _WEIGHS_IF_HELD: Final = 0.2  # the same, where requests hold the loop
+# Seconds: a sibling that is busy at the very moment of a response is free again when its client
+# asks for something else.
+_FREE_WITHIN: Final = 0.1
 _SELDOM: Final = 1.0  # seconds between looks by a worker that does not help
 _REFRESHES: Final = 0.9  # seconds between looks at the own row, by what is called each second
 _COMPLAINS: Final = 60.0  # seconds between lines that say the same
@@ -55,7 +59,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
         holds: whether requests hold the loop for so long that siblings would help; then more
             than one should not be accepted at a time, as nobody else can serve it any more.
             Not where cores are short, for then siblings are held up as well.
-        keeping: whether responses close their connection.
+        keeping: whether responses may close their connection.
         never_called: methods of the gunicorn class that are not called under this one.
     """
 
@@ -78,6 +82,8 @@ class HermesMixin(_Base):  # type: ignore[misc]
     _accepted = 0  # ``publisher.accepted`` at the last look at the own queue
     _reported: frozenset[str] = frozenset()
     _stops_at_once = False
+    _others = 0  # slots of siblings that could serve what this worker does, as bits
+    _seen_free = -_FREE_WITHIN  # when one of those was free, as far as this worker saw
     _owed = 0  # ``publisher.accepted`` when all is taken that waited at ``leave``
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -112,8 +118,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
         """Run the worker, from just after the fork to its end."""
         self.publisher = self.assignment.take_up() if self.assignment else Publisher.unseen()
         forks.in_foreign_child(self.abandon)
-        # With TLS a new connection costs more than all but the longest waits.
-        always = self.cfg.hermes_keepalive == "always" or self.cfg.is_ssl
+        always = self.cfg.hermes_keepalive == "always" or not closing.is_cheap(self.cfg)
         self.keeping = Keeping(always or not self.may_close)
         self._refreshed = monotonic()
         try:
@@ -361,15 +366,49 @@ class HermesMixin(_Base):  # type: ignore[misc]
         if elapsed < after:
             return
         self._weighed = now
+        self._others = self._siblings_alike()
+        self.keeping.weigh(elapsed * 1e9, waited_for_cores(), alone=not self._others)
+
+    def _siblings_alike(self) -> int:
+        """Return the slots of ready siblings that get the connections this worker gets."""
+        table, slot = self.publisher.table, self.publisher.slot
+        alike = table.eligible() & ~(1 << slot)
+        if self.assignment and alike:
+            for bind in self.assignment.binds:
+                if bind.allows(slot):
+                    alike &= bind.allowed or ALL_SLOTS
+        if table.localities > 1:  # what comes back goes to the same locality
+            own = slot // SLOTS_PER_GROUP
+            first = own % table.localities * SLOTS_PER_GROUP
+            group = (1 << SLOTS_PER_GROUP) - 1
+            step = table.localities * SLOTS_PER_GROUP
+            alike &= sum(group << at for at in range(first, ALL_SLOTS.bit_length(), step))
+        return alike
+
+    def closes(self, sock: Any) -> bool:
+        """Decide whether the response that is about to be sent closes its connection.
+
+        To be asked only while ``keeping.closing``, and if nothing that was read from the
+        connection waits to be served. To answer yes is to close it.
+        """
         table = self.publisher.table
-        closes = self.keeping.weigh(elapsed * 1e9, waited_for_cores(), self.alone())
-        if closes and not table.closing_since_ns:  # one line for all workers
+        columns = table.group(0, table.in_use)
+        now = monotonic()
+        if policy.free_sibling(columns, self.publisher.slot, self._others):
+            self._seen_free = now
+        pays = (
+            now - self._seen_free < _FREE_WITHIN
+            and not policy.has_its_own(columns, self.publisher.slot, self._others)
+            and self.keeping.pays(round_trip_ns(sock))
+            and not unread(sock.fileno())
+        )
+        if pays and not table.closing_since_ns:  # one line for all workers
             table.closing_since_ns = monotonic_ns()
             self.log.info(
-                "hermes: requests hold their workers for so long that a new connection, to one"
-                " that is free, is faster; while they do, responses close theirs"
-                " (hermes_keepalive)"
+                "hermes: requests are blocking workers; sending 'Connection: close' on some"
+                " responses so that those clients reconnect to an idle worker (hermes_keepalive)"
             )
+        return pays
 
     def notify(self) -> None:
         """Tell the arbiter that the loop turns."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from gunicorn_server import under_load, unprivileged, wait_for
+from kept import blocking
 
 DOCS = Path(__file__).parents[2] / "docs" / "workers.md"
 
@@ -64,7 +65,8 @@ def test_nothing_waits_for_a_worker_that_blocks(serve):
 def test_connections_are_kept_only_while_requests_do_not_hold_their_worker(serve):
     server = serve("0.05", workers=2)
     assert server.keeps("/pid")
-    wait_for(lambda: not server.keeps("/block?0.1"), "connections to be closed")
+    with blocking(server) as closed:
+        wait_for(lambda: any(closed), "connections to be closed")
     wait_for(lambda: server.keeps("/pid"), "connections to be kept again")
 
 

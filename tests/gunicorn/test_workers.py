@@ -18,6 +18,7 @@ import gunicorn
 import psutil
 import pytest
 from gunicorn_server import Client, Server, under_load, unprivileged, wait_for
+from kept import blocking
 from nginx import nginx
 from websockets.sync.client import connect as websocket
 
@@ -452,14 +453,10 @@ KEEPING = ("hermes", "hermes_gthread", "asyncio", "uvloop")
 def test_connections_are_kept_only_while_requests_do_not_hold_their_worker(serve):
     server = serve("--keep-alive", "30", "--threads", "1", workers=2)
     assert server.keeps("/pid")
-    wait_for(lambda: not server.keeps("/block?0.1"), "connections to be closed")
+    with blocking(server) as closed:
+        wait_for(lambda: any(closed), "connections to be closed")
     assert len(server.lines("hermes_keepalive")) == 1
     wait_for(lambda: server.keeps("/pid"), "connections to be kept again")
-
-
-# What holds a worker is weighed each fifth of a second: with other settings connections are
-# closed after the second request, as the test above shows.
-HELD_ROUNDS = 3
 
 
 @only(*KEEPING, modes=["kernel"])
@@ -469,13 +466,15 @@ def test_connections_are_kept_where_the_user_says_so_or_nobody_else_is_there(
 ):
     flags = ("--keep-alive", "30", "--threads", "1", "--hermes-keepalive", setting)
     server = serve(*flags, workers=workers)
-    assert all(server.keeps("/block?0.1") for _ in range(HELD_ROUNDS))
+    with blocking(server) as closed:
+        wait_for(lambda: len(closed) >= 20, "answers")
+    assert not any(closed)
 
 
 @only(*CLASSES.keys() - set(KEEPING), modes=["kernel"])
 def test_who_does_not_obey_hermes_keepalive_says_nothing_of_it(serve):
     server = serve(workers=2)
-    for _ in range(5 * HELD_ROUNDS):
+    for _ in range(15):
         server.get("/block?0.1")
     assert not server.lines("hermes_keepalive")
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 
 from hermes_gunicorn.keeping import Keeping
-from hermes_gunicorn.table import Publisher, Table
+from hermes_gunicorn.table import Bind, Publisher, Table
 from hermes_gunicorn.workers.mixin import HermesMixin
 
 MS = 1_000_000
@@ -35,7 +37,7 @@ def held(table: Table, slot: int) -> HermesMixin:
     worker._rescue_after_ns = 5 * MS
     worker._schedule = lambda woke_ns: woke_ns
     for _ in range(20):
-        worker.keeping.closes()
+        worker.keeping.began()
         worker._turned(time.monotonic_ns() - 20 * MS)
     return worker
 
@@ -48,14 +50,75 @@ def test_requests_hold_the_loop_unless_it_waits_for_a_core(table, waited_ns, hol
     assert worker.holds == holds
 
 
-def test_that_connections_are_closed_is_told_once_for_all_workers(table, monkeypatch):
+def closing(table: Table, slot: int, told: list[str]) -> HermesMixin:
+    """Make a worker that may close connections, two of which it has."""
+    worker = held(table, slot)
+    worker.log = SimpleNamespace(info=told.append)
+    worker._weighed = time.monotonic() - 1
+    worker._weigh(1.0)
+    assert worker.keeping.closing
+    for _ in range(2):
+        worker.publisher.opened(own=True)
+    return worker
+
+
+@pytest.fixture
+def connection() -> Iterator[socket.socket]:
+    """One without a round trip."""
+    ours, peers = socket.socketpair()
+    with ours, peers:
+        yield ours
+
+
+def test_that_connections_are_closed_is_told_once_for_all_workers(table, connection, monkeypatch):
     monkeypatch.setattr("hermes_gunicorn.workers.mixin.waited_for_cores", lambda: 0)
-    told = []
+    told: list[str] = []
     for slot in (1, 2):
-        worker = held(table, slot)
-        worker.log = SimpleNamespace(info=told.append)
-        worker._weighed = 0.0
-        monkeypatch.setattr("hermes_gunicorn.workers.mixin.monotonic", lambda: 1.0)
-        worker._weigh(1.0)
-        assert worker.keeping.closes()
+        worker = closing(table, slot, told)
+        assert worker.closes(connection)
+        for _ in range(2):
+            worker.publisher.ended()
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("what", ["busy", "no more loaded", "gone", "elsewhere"])
+def test_a_connection_is_kept_while_no_sibling_is_free(table, connection, monkeypatch, what):
+    monkeypatch.setattr("hermes_gunicorn.workers.mixin.waited_for_cores", lambda: 0)
+    worker = closing(table, 1, [])
+    other = Publisher(table, 2)
+    if what == "busy":
+        other.woke()
+    elif what == "no more loaded":
+        other.opened(own=True)
+        other.opened(own=True)
+    elif what == "gone":
+        other.dead()
+    else:
+        bind = Bind(*map(bytearray, Bind.sizes()))
+        bind.allowed = 1 << 1
+        worker.assignment = SimpleNamespace(binds=[bind])
+        worker._weighed = time.monotonic() - 1
+        worker._weigh(1.0)
+        assert not worker.keeping.closing  # nobody else serves that address
+    assert not worker.closes(connection)
+
+
+def test_a_connection_that_has_its_worker_to_itself_is_kept(table, connection, monkeypatch):
+    monkeypatch.setattr("hermes_gunicorn.workers.mixin.waited_for_cores", lambda: 0)
+    worker = closing(table, 1, [])
+    worker.publisher.closed()
+    assert not worker.closes(connection)
+    other = Publisher(table, 2)  # with whose there are more than workers
+    other.opened(own=True, requests=0)
+    other.opened(own=True, requests=0)
+    assert worker.closes(connection)
+
+
+def test_a_connection_with_something_unread_is_kept(table, monkeypatch):
+    monkeypatch.setattr("hermes_gunicorn.workers.mixin.waited_for_cores", lambda: 0)
+    worker = closing(table, 1, [])
+    ours, peers = socket.socketpair()
+    with ours, peers:
+        assert worker.closes(ours)
+        peers.sendall(b"GET")
+        assert not worker.closes(ours)
