@@ -26,6 +26,7 @@ def _ready_made(worker_class: type[Any]) -> type[Any]:
     class Ready(worker_class):  # type: ignore[misc]
         publisher = Publisher.unseen()
         keeping = Keeping(always=True)
+        wsgi = None
 
     Ready.__name__ = worker_class.__name__
     return Ready
