@@ -519,6 +519,13 @@ class Table:
         for group in range(-(-self.capacity // SLOTS_PER_GROUP)):
             self.refresh_eligible(group)
 
+    def has_others(self, slot: int) -> bool:
+        """Tell whether a worker in another slot is ready, or about to be."""
+        states = self._rows[WORKER.words + _STATE : self.in_use * WORKER.words : WORKER.words]
+        return any(
+            state in (BOOTING, READY) for other, state in enumerate(states, 1) if other != slot
+        )
+
     def claim(self, slot: int, waiting: int = 0) -> None:
         """Prepare a slot for a new owner that is about to be forked.
 

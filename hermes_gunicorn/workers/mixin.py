@@ -230,9 +230,9 @@ class HermesMixin(_Base):  # type: ignore[misc]
         self.publisher.ready(capacity)
 
     def alone(self) -> bool:
-        """Tell whether no other worker could serve what comes now. TTIN, TTOU change that."""
+        """Tell whether there is no other worker, ready or booting. TTIN, TTOU change that."""
         slot = self.publisher.slot
-        return slot != SHARED_SLOT and not self.publisher.table.eligible() & ~(1 << slot)
+        return slot != SHARED_SLOT and not self.publisher.table.has_others(slot)
 
     def until_look(self) -> float:
         """Return for how many seconds the siblings need not be looked after."""

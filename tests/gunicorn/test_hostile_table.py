@@ -9,9 +9,8 @@ from typing import Any
 
 import gunicorn
 import pytest
-from gunicorn_server import Server, wait_for
+from gunicorn_server import Server, ask_server, wait_for
 
-from hermes_gunicorn.monitor import control
 from hermes_gunicorn.table import BIND, CONTROL, GROUP, READY, WORKER
 
 ONES = (1 << 64) - 1
@@ -87,21 +86,21 @@ def test_nor_does_it_take_an_arbiter_that_restores_it(start, mode):
 def test_the_arbiter_restores_what_it_decided_and_what_was_tuned(start):
     server = start("--hermes-hang-threshold", "0.5", workers=2)
     arbiter = server.process.pid
-    control.ask(arbiter, "set", name="threshold", value=0.25)
-    control.ask(arbiter, "set", name="policy", value="cascade")
+    ask_server(arbiter, "set", name="threshold", value=0.25)
+    ask_server(arbiter, "set", name="policy", value="cascade")
     (one, other) = (row["slot"] for row in server.rows())
-    control.ask(arbiter, "drain", slot=other, drained=True)
+    ask_server(arbiter, "drain", slot=other, drained=True)
 
     def decided() -> dict[str, Any]:
-        told = control.ask(arbiter, "raw")
+        told = ask_server(arbiter, "raw")
         return {
             "policy": told["policy"],
             "threshold": told["threshold_ns"],
             "localities": told["localities"],
             "slots": len(told["rows"]),
             "allowed": told["allowed"],
-            "states": [row["state"] for row in told["rows"]],
-            "drained": [row["drained"] for row in told["rows"]],
+            "states": [row.state for row in told["rows"]],
+            "drained": [row.drained for row in told["rows"]],
         }
 
     wanted = decided()
@@ -112,6 +111,6 @@ def test_the_arbiter_restores_what_it_decided_and_what_was_tuned(start):
         for word in range(WORDS[part]):
             overwrite(server, part, word, READY if part == "rows" and not word else 1)
         wait_for(lambda: decided() == wanted, f"the decided values of {part}", 5)
-    control.ask(arbiter, "drain", slot=other, drained=False)
+    ask_server(arbiter, "drain", slot=other, drained=False)
     wait_for(lambda: decided()["drained"] == [0] * len(wanted["drained"]), "the mark to go", 5)
     assert one != other

@@ -39,7 +39,7 @@ def test_the_cascade_serves_and_its_first_stage_runs(start):
 
 
 def test_the_cascade_avoids_who_has_clearly_more_connections(start):
-    server = start("--hermes-policy", "cascade", workers=2)
+    server = start("--hermes-policy", "cascade", "--keep-alive", "60", workers=2)
     with contextlib.ExitStack() as stack:
         for opened in range(40):
             stack.enter_context(server.connect()).get("/pid")
@@ -193,10 +193,10 @@ def on_starting(server):
 @pytest.mark.ebpf
 def test_too_few_open_files_cost_workers_their_listener_not_the_service(start):
     server = start(workers=10, conf=FEW_FILES)
-    assert server.lines("hermes: cannot open listeners in advance", "Allow more open files")
+    assert server.lines("hermes: cannot open listeners in advance", "allow more open files")
     for workers in range(11, 16):
         server.signal(signal.SIGTTIN)
         wait_for(lambda n=workers: len(server.worker_pids()) == n, "one worker more")
-    assert server.lines("hermes: no listener for slot", "Allow more open files")
+    assert server.lines("hermes: no listener for slot", "allow more open files")
     assert len(pids(server.address, 100)) > 5
     assert not server.lines("Traceback")

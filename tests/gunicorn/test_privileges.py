@@ -9,9 +9,7 @@ from typing import Any
 import gunicorn
 import psutil
 import pytest
-from gunicorn_server import Server, as_nobody, wait_for
-
-from hermes_gunicorn.monitor import control
+from gunicorn_server import Server, as_nobody, ask_server, wait_for
 
 OURS = 1 << 38 | 1 << 39  # CAP_PERFMON, CAP_BPF
 SETS = ("CapInh", "CapPrm", "CapEff", "CapAmb")
@@ -34,7 +32,7 @@ def ours(pid: int) -> set[str]:
 
 def monitor_of(server: Server) -> int:
     """Ask for the monitor, and return its process."""
-    control.ask(server.process.pid, "status")
+    ask_server(server.process.pid, "status")
     session = server.process.pid
     wanted = [
         process.pid

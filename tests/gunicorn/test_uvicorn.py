@@ -18,7 +18,8 @@ DOCS = Path(__file__).parents[2] / "docs" / "workers.md"
 @pytest.fixture(params=[pytest.param("kernel", marks=pytest.mark.ebpf), "shared"])
 def serve(request: pytest.FixtureRequest, launch):
     """Start a server with the documented class."""
-    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if "class HermesUvicornWorker" in block]
 
     def serve(threshold="0.2", **options):
         if request.param == "shared":

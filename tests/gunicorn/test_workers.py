@@ -7,6 +7,7 @@ import random
 import resource
 import signal
 import socket
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -222,7 +223,9 @@ def test_counters_return_to_zero(calm):
 def test_nothing_waits_for_a_worker_that_blocks(serve, mode: str):
     """Both workers block; what the kernel sent to one the other takes once it is back."""
     # The kernel is not to notice: rescue alone has to do it.
-    server = serve("--hermes-hang-threshold", "60", "--threads", "1", workers=2)
+    server = serve(
+        *("--hermes-hang-threshold", "60", "--threads", "1", "--timeout", "300"), workers=2
+    )
     with holding(server, "long", "short"), contextlib.ExitStack() as stack:
         clients = [stack.enter_context(sent(server, "/pid")) for _ in range(8)]
         if mode == "kernel":
@@ -277,6 +280,34 @@ def test_a_frozen_worker_is_noticed_helped_and_taken_back(calm):
     wait_for(lambda: not any(row["frozen_since_ns"] for row in server.rows()), "all to be well")
 
 
+def ninth_decile(server: Server) -> float:
+    """Return how many seconds nine of ten requests on new connections take at most."""
+    took = []
+    for _ in range(60):
+        began = time.monotonic()
+        server.get("/pid")
+        took.append(time.monotonic() - began)
+    return statistics.quantiles(took, n=10)[-1]
+
+
+@only(*CLASSES, modes=["kernel", "shared-tcp"])
+@pytest.mark.timing
+@pytest.mark.parametrize("what", ["blocked", "frozen"])
+def test_requests_take_no_longer_beside_a_worker_that_does_not_turn(serve, what: str):
+    """A third of them would wait for it until it is back."""
+    server = serve("--threads", "1", "--timeout", "300", workers=3)
+    before = ninth_decile(server)
+    if what == "blocked":
+        with holding(server, "end"):
+            during = ninth_decile(server)
+    else:
+        frozen = psutil.Process(min(server.worker_pids()))
+        frozen.suspend()
+        during = ninth_decile(server)
+        frozen.resume()
+    assert during < 3 * before + 0.1
+
+
 def nothing_goes_to_the_one_inside(server: Server, path: str) -> None:
     """Have a worker's loop not turn until 30 requests have been answered by others."""
     with sent(server, f"{path}?end") as client:
@@ -288,6 +319,7 @@ def nothing_goes_to_the_one_inside(server: Server, path: str) -> None:
         assert client.receive()[0] == 200
 
 
+@only(*CLASSES.keys() - {"hermes_gthread"})  # whose loop turns beside such a thread
 def test_a_worker_in_an_endless_loop_gets_nothing(calm):
     # Other tests use the cores as well: those that wait for one are not to look hung.
     nothing_goes_to_the_one_inside(calm(0.2), "/burn")

@@ -45,16 +45,25 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = READY_WIT
     return value
 
 
+def find_server(pid: int) -> control.Found:
+    """Find a server as hermesctl does.
+
+    Raises:
+        HermesError: there is none.
+    """
+    for found in control.servers(pid):
+        if found.pid == pid:
+            return found
+    raise HermesError(f"there is no server with pid {pid}")
+
+
 def ask_server(pid: int, what: str, **asked: Any) -> Any:
     """Ask a server as hermesctl does.
 
     Raises:
         HermesError: it does not answer, or refuses.
     """
-    found = [each for each in control.servers(pid) if each.pid == pid]
-    if not found:
-        raise HermesError(f"there is no server with pid {pid}")
-    return control.ask(found[0], what, **asked)
+    return control.ask(find_server(pid), what, **asked)
 
 
 def listens(port: int) -> bool:
@@ -222,6 +231,7 @@ class Server:
                 start_new_session=True,
             )
         self.workers_wanted = workers
+        self._asked: control.Found | None = None
         self.unix = str(folder / "sock") if unix else None
 
     @property
@@ -303,7 +313,9 @@ class Server:
     def _ask(self, what: str, **asked: Any) -> Any:
         def answered() -> tuple[Any] | None:
             with contextlib.suppress(HermesError):  # it does not wait as long as we do
-                return (ask_server(self.process.pid, what, **asked),)
+                if self._asked is None:
+                    self._asked = find_server(self.process.pid)
+                return (control.ask(self._asked, what, **asked),)
             return None
 
         return wait_for(answered, f"the monitor's answer to {what}")[0]

@@ -44,7 +44,6 @@ def test_how_many_are_accepted_at_a_time_follows_the_table_and_not_the_start():
 
     assert at_a_time() == 100  # gevent's own
     table.claim(2)  # TTIN
-    Publisher(table, 2).ready(1)
     assert at_a_time() == 1
     table.set_state(2, DRAINING)  # TTOU
     assert at_a_time() == 100
