@@ -153,7 +153,7 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
     def accept_own(self, index: int) -> bool:
         """Accept what the poller did not report."""
         listener = self.sockets[index]
-        return self._has_room() and self._count((*_name(listener), listener), True)
+        return self._has_room() and self._accept_from(index, listener)
 
     def enqueue_req(self, conn: Any) -> None:
         """Count the request from here on, until ``finish_request``."""
@@ -202,15 +202,15 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
         self.leave()
         self.watch_listeners()
         own = {i: self.sockets[i] for i, exclusive in enumerate(self.exclusive()) if exclusive}
-        while self.awaits(own.values()) or self._hears():
+        while self._hears() or self.awaits(own.values()):
             self.notify()
             if not any(self._accept_from(i, listener) for i, listener in own.items()):
                 time.sleep(0.001)
 
     def _hears(self) -> bool:
         """Listen to who has not spoken, whom gunicorn 23 forgets; say whether some are left."""
-        if _SINCE_24 or not self._silent or not self.in_grace():
+        if _SINCE_24 or not self._silent:
             return False
         for key, _ in self.poller.select(0):
             key.data(key.fileobj)
-        return True
+        return self._silent > 0 and self.in_grace()

@@ -96,7 +96,9 @@ def test_a_worker_that_root_starts_as_somebody_else_has_none(start, worker_class
     # An inheritable capability is all that a change of the user leaves.
     inheritable = ["setpriv", "--inh-caps=+bpf,+perfmon"]
     flags = ("--user", "nobody", "--worker-tmp-dir", "/dev/shm")
-    server = start_class(start, worker_class, *flags, prefix=inheritable)
+    # Imported by root: nobody may not be able to read this environment.
+    conf = "import gevent.fileobject, gevent.subprocess\n"
+    server = start_class(start, worker_class, *flags, prefix=inheritable, conf=conf)
     assert server.lines("hermes: kernel dispatch")
     assert ours(server.process.pid) == {"CapInh", "CapPrm", "CapEff"}
     (worker,) = server.worker_pids()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from gunicorn_server import under_load, unprivileged, wait_for
-from kept import blocking
+from kept import CORES_TO_SPARE, blocking
 
 DOCS = Path(__file__).parents[2] / "docs" / "workers.md"
 
@@ -24,7 +24,7 @@ def serve(request: pytest.FixtureRequest, launch):
     def serve(threshold="0.2", **options):
         if request.param == "shared":
             options |= {"prefix": unprivileged(), "unix": True}
-        conf = f"{code}\nworker_class = HermesUvicornWorker\n"
+        conf = f"{code}\nworker_class = HermesUvicornWorker\n{CORES_TO_SPARE}"
         server = launch(
             *("--hermes-hang-threshold", threshold, "--hermes-rescue-after", threshold),
             **(options | {"worker_class": None, "app": "apps:asgi", "conf": conf}),

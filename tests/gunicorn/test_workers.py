@@ -19,7 +19,7 @@ import gunicorn
 import psutil
 import pytest
 from gunicorn_server import Client, Server, under_load, unprivileged, wait_for
-from kept import blocking
+from kept import CORES_TO_SPARE, blocking
 from nginx import nginx
 from websockets.sync.client import connect as websocket
 
@@ -483,7 +483,7 @@ KEEPING = ("hermes", "hermes_gthread", "asyncio", "uvloop")
 
 @only(*KEEPING, modes=["kernel", "shared-tcp"])
 def test_connections_are_kept_only_while_requests_do_not_hold_their_worker(serve):
-    server = serve("--keep-alive", "30", "--threads", "1", workers=2)
+    server = serve("--keep-alive", "30", "--threads", "1", workers=2, conf=CORES_TO_SPARE)
     assert server.keeps("/pid")
     with blocking(server) as closed:
         wait_for(lambda: any(closed), "connections to be closed")

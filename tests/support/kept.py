@@ -9,6 +9,12 @@ from collections.abc import Iterator
 
 from gunicorn_server import Client, Server
 
+# For workers: where cores are short connections are kept, and other tests use the cores.
+CORES_TO_SPARE = """
+from hermes_gunicorn.workers import mixin
+mixin.waited_for_cores = lambda: 0
+"""
+
 
 def ask(client: Client, path: str, **options: object) -> tuple[int, bytes, bool]:
     """Send a request; return status, body, and whether the answer says that it is the last."""

@@ -24,6 +24,49 @@ from hermes_gunicorn.table import (
 NOW = 1000
 
 
+def by_column(**words: list[int]) -> Columns:
+    """Make a table of ready workers behind the shared slot, as the given columns say."""
+    count = len(next(iter(words.values())))
+    base = {"state": [FREE] + [READY] * (count - 1), "weight": [WEIGHT // 10] * count}
+    names = ("busy_since_ns", "frozen_since_ns", "connections", "events")
+    return Columns(**{name: [0] * count for name in names} | base | words)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("connections", "has"),
+    [
+        ([0, 1, 1], True),  # as many as workers
+        ([0, 1, 0], True),
+        ([0, 0, 2], True),
+        ([0, 2, 0], False),
+        ([0, 1, 2], False),  # more than workers
+        ([1, 1, 1], False),
+    ],
+)
+def test_a_connection_has_its_worker_if_each_could(connections: list[int], has: bool):
+    assert policy.has_its_own(by_column(connections=connections), 1, 1 << 2) is has
+
+
+@pytest.mark.parametrize(
+    ("words", "among", "free"),
+    [
+        ({"events": [0, 2, 1]}, 1 << 2, True),
+        ({"events": [0, 2, 1]}, 1 << 1, False),  # not for this address
+        ({"events": [0, 2, 2]}, 1 << 2, False),  # no less to do
+        ({"events": [0, 2, 1], "busy_since_ns": [0, 0, 1]}, 1 << 2, False),
+        ({"events": [0, 2, 1], "frozen_since_ns": [0, 0, 1]}, 1 << 2, False),
+        ({"events": [0, 2, 1], "state": [FREE, READY, DRAINING]}, 1 << 2, False),
+        ({"events": [0, 12, 9]}, 1 << 2, True),
+        ({"events": [0, 12, 10]}, 1 << 2, False),  # full
+        ({"events": [0, 12, 0], "weight": [0, WEIGHT // 10, 0]}, 1 << 2, True),
+    ],
+)
+def test_a_sibling_is_free_in_poll_with_room_and_less_to_do(
+    words: dict[str, list[int]], among: int, free: bool
+):
+    assert policy.free_sibling(by_column(**words), 1, among) is free
+
+
 @pytest.mark.parametrize(
     ("busy_since", "threshold", "hung"),
     [
