@@ -60,7 +60,16 @@ def serve(launch):
             flags = ("--asgi-loop", kind, *flags)
             options["worker_class"] = "asgi" if whose == "stock" else "hermes_asgi"
         server: Server = launch(*flags, **options)
-        return server.wait_ready()
+        server.wait_ready()
+        if whose == "stock":  # whose workers lose a signal that comes while they boot
+            seen: set[int] = set()
+
+            def all_answered() -> bool:
+                seen.add(int(server.get("/pid")))
+                return seen >= server.worker_pids()
+
+            wait_for(all_answered, "an answer from each worker")
+        return server
 
     return serve
 

@@ -51,7 +51,7 @@ def child(kind):
         sleep = original_sleep() if kind == "fork" else time.sleep
         pid = os.fork()
         if not pid:
-            sleep(20)
+            sleep(20 if kind == "fork" else 8)
             os._exit(0)
         return pid
     if kind == "multiprocessing":
