@@ -89,7 +89,8 @@ def test_no_connection_waits_on_a_blocked_worker(start, loader, bpf_stats):
         assert blocker.receive()[0] == 200
     assert answers[pid] == 0
     assert answers.total() == 400
-    assert sum(r["rescued"] for r in after) == sum(r["rescued"] for r in before)
+    # From a worker that waits for a core others may take something; not from this one.
+    assert after[victim]["rescued_at_ns"] == before[victim]["rescued_at_ns"]
     assert after[victim]["dispatched"] == before[victim]["dispatched"]
     assert sum(r["dispatched"] for r in after) - sum(r["dispatched"] for r in before) == 400
     assert program_runs(server) - runs == 400
