@@ -183,8 +183,12 @@ class HermesThreadWorker(HermesMixin, gthread.ThreadWorker):  # type: ignore[mis
                 self._wake.send(b"1")
 
     def _count_out(self, *arguments: Any) -> None:
-        if self.publisher.requests == self.cfg.threads:
-            self.held(monotonic_ns() - self._full_since_ns)
+        if self.publisher.requests >= self.cfg.threads:
+            # Also while more wait for a thread, as kept connections do: else the busiest of all,
+            # which is never without a queue, would look idle.
+            now = monotonic_ns()
+            self.held(now - self._full_since_ns)
+            self._full_since_ns = now
         self.publisher.ended()
         super().finish_request(*arguments)
 

@@ -19,7 +19,7 @@ import gunicorn
 import psutil
 import pytest
 from gunicorn_server import Client, Server, under_load, unprivileged, wait_for
-from kept import CORES_TO_SPARE, blocking
+from kept import CORES_TO_SPARE, answer, blocking
 from nginx import nginx
 from websockets.sync.client import connect as websocket
 
@@ -310,9 +310,17 @@ def test_requests_take_no_longer_beside_a_worker_that_does_not_turn(serve, what:
 
 def nothing_goes_to_the_one_inside(server: Server, path: str) -> None:
     """Have a worker's loop not turn until 30 requests have been answered by others."""
+
+    def is_seen(pid: int) -> bool:
+        (worker,) = (each for each in server.status()["workers"] if each["pid"] == pid)
+        # A loop that turns in another thread is in poll.
+        return bool(worker["hung"] or not worker["busy"])
+
     with sent(server, f"{path}?end") as client:
         try:
             (stuck,) = wait_for(lambda: server.held("end"), "the request to be served")
+            # Until then it is as good as others that have something to do.
+            wait_for(lambda: is_seen(stuck), "it to count as hung")
             assert stuck not in {int(server.get("/pid")) for _ in range(30)}
         finally:
             server.release("end")
@@ -489,6 +497,29 @@ def test_connections_are_kept_only_while_requests_do_not_hold_their_worker(serve
         wait_for(lambda: any(closed), "connections to be closed")
     assert len(server.lines("hermes_keepalive")) == 1
     wait_for(lambda: server.keeps("/pid"), "connections to be kept again")
+
+
+@only(*KEEPING, modes=["kernel", "shared-tcp"])
+def test_a_worker_that_is_never_without_a_queue_closes_connections(serve):
+    """Those of three clients, who leave it no pause; nobody else asks for anything."""
+    server = serve("--keep-alive", "30", "--threads", "1", workers=2, conf=CORES_TO_SPARE)
+    with contextlib.ExitStack() as stack:
+        clients: dict[bytes, list[Client]] = {}
+        while max(map(len, clients.values()), default=0) < 3:
+            client = stack.enter_context(server.connect())
+            clients.setdefault(client.get("/pid"), []).append(client)
+        (three,) = (each for each in clients.values() if len(each) == 3)
+        for client in three:
+            client.send("/block?0.05")
+
+        def one_is_closed() -> bool:
+            for client in three:
+                if answer(client)[2]:
+                    return True
+                client.send("/block?0.05")
+            return False
+
+        wait_for(one_is_closed, "a connection to be closed")
 
 
 @only(*KEEPING, modes=["kernel"])
