@@ -10,7 +10,8 @@ import gevent
 import harness
 from gevent import get_hub
 
-from hermes_gunicorn.table import Publisher, Table
+from hermes_gunicorn.core.row import Publisher
+from hermes_gunicorn.core.table import Table
 
 # How often a request on a connection of its own does each of them.
 PER_REQUEST = {"opened": 1, "ended": 1, "closed": 1}

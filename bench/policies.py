@@ -1,6 +1,6 @@
 """The policies on paper: the same arrivals, dispatched by the model in a simulation.
 
-Compares what `hermes_gunicorn/policy.py` decides with a hash over all listeners (what
+Compares what `hermes_gunicorn/core/policy.py` decides with a hash over all listeners (what
 `--reuse-port` does), with the better of two random workers, and with one queue that all
 share. Workers serve one request at a time, as sync workers do. Also draws the picture
 in docs/policies.md.
@@ -20,17 +20,10 @@ from typing import Any
 import harness
 import plots
 
-from hermes_gunicorn import policy
-from hermes_gunicorn.scheduler import INTERVAL_NS
-from hermes_gunicorn.table import (
-    ALL_SLOTS,
-    CASCADE,
-    LEAST_LOADED,
-    READY,
-    SHARED_SLOT,
-    WEIGHT,
-    Row,
-)
+from hermes_gunicorn.core import policy
+from hermes_gunicorn.core.cascade import INTERVAL_NS
+from hermes_gunicorn.core.layout import ALL_SLOTS, CASCADE, LEAST_LOADED, READY, SHARED_SLOT, WEIGHT
+from hermes_gunicorn.core.table import Row
 
 MS = 1_000_000  # nanoseconds
 THRESHOLD_NS = 10 * MS
@@ -242,7 +235,7 @@ def report(result: dict[str, Any]) -> str:
     ]
     return (
         "# The policies in a simulation\n\n"
-        "`python bench/policies.py`: the model of `hermes_gunicorn/policy.py` in a"
+        "`python bench/policies.py`: the model of `hermes_gunicorn/core/policy.py` in a"
         " discrete-event simulation of workers that serve one request at a time, Poisson"
         f" arrivals, {result['connections']:,} connections, median of"
         f" {len(next(iter(result['p99_wait_ms'].values()))['hash'])} seeds. 99 % of connections"

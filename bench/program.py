@@ -23,11 +23,13 @@ import plots
 from gunicorn.config import Config
 from gunicorn.sock import TCPSocket
 
-from hermes_gunicorn.dispatch.kernel import KernelDispatcher, KernelTable
-from hermes_gunicorn.loader import syscall
-from hermes_gunicorn.loader.program import Program
-from hermes_gunicorn.scheduler import Scheduler
-from hermes_gunicorn.table import POLICIES, READY, Publisher, Table
+from hermes_gunicorn.core.cascade import Scheduler
+from hermes_gunicorn.core.layout import POLICIES, READY
+from hermes_gunicorn.core.row import Publisher
+from hermes_gunicorn.core.table import Table
+from hermes_gunicorn.kernel import bpf
+from hermes_gunicorn.kernel.dispatcher import KernelDispatcher, KernelTable
+from hermes_gunicorn.kernel.program import Program
 
 SLOTS = (2, 8, 64, 256, 1024)
 WORKERS = (8, 64, 256)
@@ -105,10 +107,10 @@ class Bed:
 
     def nanoseconds(self, connections: int) -> float:
         """Return the program's mean run time."""
-        before = syscall.program_stats(self.dispatcher.program_fd)
+        before = bpf.program_stats(self.dispatcher.program_fd)
         for _ in range(connections // BURST):
             self.connect(BURST)
-        after = syscall.program_stats(self.dispatcher.program_fd)
+        after = bpf.program_stats(self.dispatcher.program_fd)
         return (after.run_time_ns - before.run_time_ns) / (after.runs - before.runs)
 
     def close(self) -> None:
@@ -147,7 +149,7 @@ def measure(rounds: int, connections: int) -> dict[str, Any]:
                     cell = samples.setdefault(f"{name} {slots}", [])
                     cell.append(bed.nanoseconds(connections))
                 if program is None:
-                    stats = syscall.program_stats(bed.dispatcher.program_fd)
+                    stats = bpf.program_stats(bed.dispatcher.program_fd)
                 bed.close()
         for workers in WORKERS:
             samples.setdefault(f"stage 1 {workers}", []).append(stage_1(workers, 200))
@@ -213,7 +215,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Run and write the result."""
     arguments = harness.parser(__doc__, "program").parse_args()
-    statistics_fd = syscall.enable_stats()
+    statistics_fd = bpf.enable_stats()
     result = measure(2, 200) if arguments.smoke else measure(15, 4000)
     os.close(statistics_fd)
     result = {"machine": harness.machine(), **result}

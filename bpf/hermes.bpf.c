@@ -10,7 +10,7 @@
  * lowest rank(), ties broken by the packet's hash; policy cascade takes one by hash
  * among those that userspace selected, and searches only when that one is unfit.
  * With no healthy worker the connection goes to the shared listener (slot 0), where
- * the first worker to come back takes it. hermes_gunicorn/policy.py is the model
+ * the first worker to come back takes it. hermes_gunicorn/core/policy.py is the model
  * this is tested against; docs/policies.md tells what each policy is for.
  *
  * Slots come in groups of 64, one bitmap word each. However many there are, two are

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (MIT OR GPL-2.0-only) */
 /*
  * The worker status table: what gunicorn's workers and the kernel program tell
- * each other. hermes_gunicorn/table.py declares the same layout; the loader
+ * each other. hermes_gunicorn/core/layout.py declares the same layout; the loader
  * compares the two before it loads anything, and a test holds them against the
  * object's BTF.
  *

@@ -39,7 +39,7 @@ def register() -> None:
     """Add our workers and settings to a loaded gunicorn; more than once is harmless."""
     from gunicorn import workers
 
-    import hermes_gunicorn.settings  # noqa: F401  (defining a Setting registers it)
+    import hermes_gunicorn.arbiter.settings  # noqa: F401  (defining a Setting registers it)
 
     workers.SUPPORTED_WORKERS.update(WORKERS)
 

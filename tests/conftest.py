@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 from kernel_bind import Bind, MakeBind
 
-from hermes_gunicorn.dispatch.kernel import KernelTable
-from hermes_gunicorn.loader import syscall
+from hermes_gunicorn.kernel import bpf
+from hermes_gunicorn.kernel.dispatcher import KernelTable
 
 pytest_plugins = ["needs", "repeats"]
 
@@ -17,7 +17,7 @@ pytest_plugins = ["needs", "repeats"]
 @pytest.fixture
 def bpf_stats() -> Iterator[None]:
     """Have the kernel count program runs during the test."""
-    fd = syscall.enable_stats()
+    fd = bpf.enable_stats()
     yield
     os.close(fd)
 

@@ -23,8 +23,9 @@ from typing import (
     is_typeddict,
 )
 
-from hermes_gunicorn.errors import HermesError
-from hermes_gunicorn.table import MAX_SLOTS, Row
+from hermes_gunicorn.core.errors import HermesError
+from hermes_gunicorn.core.layout import MAX_SLOTS
+from hermes_gunicorn.core.table import Row
 
 __all__ = ["ANSWERS", "Refusal", "Status", "plain", "read"]
 
@@ -203,7 +204,7 @@ def _read_fields(kind: Any, value: dict[str, Any], where: str) -> Any:
 
 
 def _check_table(raw: dict[str, Any]) -> None:
-    """Refuse what no table can be, so that the model in ``policy.py`` can be asked."""
+    """Refuse what no table can be, so that the model in ``core/policy.py`` can be asked."""
     slots = [row.slot for row in raw["rows"]]
     if not slots or slots != list(range(len(slots))) or len(slots) > MAX_SLOTS:
         raise HermesError(f"{_MALFORMED} (rows)")

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from hermes_gunicorn.errors import HermesError
+from hermes_gunicorn.core.errors import HermesError
 from hermes_gunicorn.monitor import answers
-from hermes_gunicorn.monitor.launch import NAMES, peer
+from hermes_gunicorn.monitor.channel import NAMES, peer
 from hermes_gunicorn.monitor.watch import Watch
 
 __all__ = ["Found", "Server", "ask", "servers", "user_name"]

@@ -14,8 +14,8 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from hermes_gunicorn.core.layout import STATES
 from hermes_gunicorn.monitor.watch import Watch
-from hermes_gunicorn.table import STATES
 
 __all__ = ["render"]
 

@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from hermes_gunicorn import privileges
+from hermes_gunicorn.core import privileges
+from hermes_gunicorn.core.table import Bind, Table
 from hermes_gunicorn.monitor import control
-from hermes_gunicorn.monitor.launch import ASKED, LOGGED, MESSAGE
+from hermes_gunicorn.monitor.channel import ASKED, LOGGED, MESSAGE
 from hermes_gunicorn.monitor.watch import EVERY, Watch
-from hermes_gunicorn.table import Bind, Table
 
 __all__ = ["main"]
 

@@ -13,20 +13,10 @@ from typing import Any, Final
 
 import psutil
 
-from hermes_gunicorn import policy
-from hermes_gunicorn.memory import Mapping
-from hermes_gunicorn.table import (
-    DRAINING,
-    FREE,
-    POLICIES,
-    READY,
-    SHARED_SLOT,
-    STATES,
-    Bind,
-    Row,
-    Table,
-    tuned,
-)
+from hermes_gunicorn.core import policy
+from hermes_gunicorn.core.layout import DRAINING, FREE, POLICIES, READY, SHARED_SLOT, STATES
+from hermes_gunicorn.core.shm import Mapping
+from hermes_gunicorn.core.table import Bind, Row, Table, tuned
 
 __all__ = ["EVERY", "Watch"]
 
@@ -272,7 +262,7 @@ class Watch:
             return [point | {"at": _wall(point["at"])} for point in self._points]
 
     def raw(self) -> dict[str, Any]:
-        """Return what the kernel program would read now, for the model in ``policy.py``."""
+        """Return what the kernel program would read now, for the model in ``core/policy.py``."""
         with self._lock:
             table = self.table
             return {

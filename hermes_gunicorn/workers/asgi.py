@@ -7,7 +7,7 @@ from typing import Any
 import gunicorn
 from gunicorn.workers.base import Worker
 
-from hermes_gunicorn.errors import HermesError
+from hermes_gunicorn.core.errors import HermesError
 from hermes_gunicorn.workers.asyncio import HermesAsyncioMixin
 
 try:

@@ -18,8 +18,9 @@ from asyncio.trsock import TransportSocket
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from hermes_gunicorn.dispatch.shared import PAUSE
-from hermes_gunicorn.table import WEIGHT, Publisher
+from hermes_gunicorn.core.admission import PAUSE
+from hermes_gunicorn.core.layout import WEIGHT
+from hermes_gunicorn.core.row import Publisher
 from hermes_gunicorn.workers.closing import LastResponse
 from hermes_gunicorn.workers.mixin import HANDSHAKE_GRACE, HermesMixin
 

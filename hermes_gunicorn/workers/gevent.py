@@ -22,10 +22,10 @@ from gunicorn.http.wsgi import base_environ
 from gunicorn.sock import ssl_context
 from gunicorn.workers import ggevent
 
-from hermes_gunicorn.dispatch.shared import PAUSE
-from hermes_gunicorn.errors import HermesError
-from hermes_gunicorn.policy import NEVER
-from hermes_gunicorn.table import Publisher
+from hermes_gunicorn.core.admission import PAUSE
+from hermes_gunicorn.core.errors import HermesError
+from hermes_gunicorn.core.policy import NEVER
+from hermes_gunicorn.core.row import Publisher
 from hermes_gunicorn.workers import closing
 from hermes_gunicorn.workers.mixin import HermesMixin
 

@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterable, Mapping
 from time import monotonic, monotonic_ns
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from hermes_gunicorn import arbiter, forks, policy, privileges
-from hermes_gunicorn.dispatch.shared import Admission
-from hermes_gunicorn.errors import HermesError
-from hermes_gunicorn.keeping import Keeping, round_trip_ns, unread, waited_for_cores
-from hermes_gunicorn.listener import waiting
-from hermes_gunicorn.rescue import Rescuer
-from hermes_gunicorn.scheduler import Scheduler
-from hermes_gunicorn.table import ALL_SLOTS, SHARED_SLOT, SLOTS_PER_GROUP, Publisher
+from hermes_gunicorn.arbiter import forks, hooks
+from hermes_gunicorn.arbiter.assignment import Assignment
+from hermes_gunicorn.core import policy, privileges
+from hermes_gunicorn.core.admission import Admission
+from hermes_gunicorn.core.cascade import Scheduler
+from hermes_gunicorn.core.errors import HermesError
+from hermes_gunicorn.core.keepalive import Keeping, round_trip_ns, unread, waited_for_cores
+from hermes_gunicorn.core.layout import ALL_SLOTS, SHARED_SLOT, SLOTS_PER_GROUP
+from hermes_gunicorn.core.rescue import Rescuer
+from hermes_gunicorn.core.row import Publisher
+from hermes_gunicorn.core.socket_info import waiting
 from hermes_gunicorn.workers import closing
 
 if TYPE_CHECKING:
@@ -63,7 +66,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
         never_called: methods of the gunicorn class that are not called under this one.
     """
 
-    assignment: arbiter.Assignment | None = None
+    assignment: Assignment | None = None
     publisher: Publisher
     keeping: Keeping
     serves_inline = False  # accepting a connection is serving it
@@ -89,7 +92,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # In the arbiter, before the fork; HUP may have brought a new configuration.
-        arbiter.install(self.cfg)
+        hooks.install(self.cfg)
 
     @classmethod
     def check_config(cls, cfg: Config, log: Logger) -> None:
@@ -98,7 +101,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
         if check is not None:
             check(cfg, log)
         cls._refuse_overrides_in_vain()
-        arbiter.install(cfg)
+        hooks.install(cfg)
 
     @classmethod
     def _refuse_overrides_in_vain(cls) -> None:

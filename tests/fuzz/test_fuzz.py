@@ -22,13 +22,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from hermes_gunicorn import policy
-from hermes_gunicorn.ctl import commands, tables
-from hermes_gunicorn.errors import HermesError
+from hermes_gunicorn.cli import commands, tables
+from hermes_gunicorn.core import policy
+from hermes_gunicorn.core.errors import HermesError
+from hermes_gunicorn.core.row import Publisher
+from hermes_gunicorn.core.table import Bind, Table
 from hermes_gunicorn.monitor import answers, control, metrics, web
-from hermes_gunicorn.monitor.launch import NAMES
+from hermes_gunicorn.monitor.channel import NAMES
 from hermes_gunicorn.monitor.watch import Watch
-from hermes_gunicorn.table import Bind, Publisher, Table
 
 SECONDS = float(os.environ.get("HERMES_FUZZ_SECONDS", "15"))
 SLOTS = 70  # more than a group

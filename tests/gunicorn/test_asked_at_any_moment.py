@@ -13,7 +13,7 @@ import psutil
 import pytest
 from gunicorn_server import Server, ask_server, free_port, wait_for
 
-from hermes_gunicorn.errors import HermesError
+from hermes_gunicorn.core.errors import HermesError
 
 
 class Asker:

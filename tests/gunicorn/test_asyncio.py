@@ -36,7 +36,7 @@ UNHURRIED = ("--hermes-hang-threshold", "1", "--hermes-rescue-after", "1")
 
 # Other tests use the cores as well; that is not to count.
 CORES_TO_SPARE = """
-from hermes_gunicorn.keeping import Keeping
+from hermes_gunicorn.core.keepalive import Keeping
 Keeping.short_of_cores = property(lambda self: False, lambda self, value: None)
 """
 

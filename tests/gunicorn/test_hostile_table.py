@@ -11,7 +11,7 @@ import gunicorn
 import pytest
 from gunicorn_server import Server, ask_server, wait_for
 
-from hermes_gunicorn.table import BIND, CONTROL, GROUP, READY, WORKER
+from hermes_gunicorn.core.layout import BIND, CONTROL, GROUP, READY, WORKER
 
 ONES = (1 << 64) - 1
 WORDS = {

@@ -22,7 +22,7 @@ from gunicorn_server import GUNICORN, HAS_CONTROL_SOCKET, as_nobody, free_port, 
 from prometheus_client.parser import text_string_to_metric_families
 
 from hermes_gunicorn.monitor import control
-from hermes_gunicorn.monitor.launch import NAMES
+from hermes_gunicorn.monitor.channel import NAMES
 
 HERMESCTL = GUNICORN.with_name("hermesctl")
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from gunicorn_server import Client, Server, ask_server, free_port, under_load, wait_for
 
-from hermes_gunicorn.table import CASCADE, LEAST_LOADED
+from hermes_gunicorn.core.layout import CASCADE, LEAST_LOADED
 
 
 def configure(server: Server, text: str) -> None:

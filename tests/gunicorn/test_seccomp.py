@@ -7,13 +7,13 @@ import sys
 import pytest
 from gunicorn_server import free_port
 
-from hermes_gunicorn.loader import syscall
+from hermes_gunicorn.kernel import bpf
 
 FILTERED = f"""
 import ctypes, os, struct, sys
 libc = ctypes.CDLL(None, use_errno=True)
 libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
-number = {syscall._SYSCALL_NUMBER!r}[os.uname().machine]
+number = {bpf._SYSCALL_NUMBER!r}[os.uname().machine]
 code = ((0x20, 0, 0, 0), (0x15, 0, 1, number), (6, 0, 0, 0x80000000), (6, 0, 0, 0x7FFF0000))
 buffer = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in code))
 program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 4, ctypes.addressof(buffer)))

@@ -17,7 +17,7 @@ STOCK_AND_OURS = ["sync", "hermes_sync"]
 APP = """
 import json
 from apps import app as other
-from hermes_gunicorn.dispatch.options import OPTIONS
+from hermes_gunicorn.kernel.options import OPTIONS
 
 # What changes by itself while a connection lives.
 VOLATILE = {"SO_INCOMING_CPU", "TCP_QUICKACK", "TCP_WINDOW_CLAMP", "SO_RCVBUF"}

@@ -21,7 +21,7 @@ import time
 import apps
 from gunicorn.workers.base import Worker
 
-from hermes_gunicorn.table import WORKER
+from hermes_gunicorn.core.layout import WORKER
 
 beats = 0
 notify, serve = Worker.notify, apps.app

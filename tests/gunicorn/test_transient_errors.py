@@ -10,7 +10,7 @@ import psutil
 import pytest
 from gunicorn_server import ask_server, free_port, wait_for
 
-from hermes_gunicorn.errors import HermesError
+from hermes_gunicorn.core.errors import HermesError
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 from kernel_bind import Bind, MakeBind, set_row
 
-from hermes_gunicorn import loader as loaders
-from hermes_gunicorn.table import READY
+from hermes_gunicorn.core.layout import READY
+from hermes_gunicorn.kernel import loader as loaders
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,9 +18,9 @@ from gunicorn.sock import TCPSocket
 from kernel_bind import Bind, MakeBind, set_row
 
 import hermes_gunicorn  # noqa: F401  (registers the settings)
-from hermes_gunicorn.arbiter import Assignment
-from hermes_gunicorn.dispatch.kernel import KernelDispatcher, KernelTable
-from hermes_gunicorn.table import FREE, READY, SHARED_SLOT
+from hermes_gunicorn.arbiter.assignment import Assignment
+from hermes_gunicorn.core.layout import FREE, READY, SHARED_SLOT
+from hermes_gunicorn.kernel.dispatcher import KernelDispatcher, KernelTable
 
 SO_LOCK_FILTER = 44
 SO_ATTACH_REUSEPORT_CBPF = 51

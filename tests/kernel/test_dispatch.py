@@ -10,9 +10,8 @@ from collections.abc import Iterable
 import pytest
 from kernel_bind import Bind, MakeBind, check_hangs, set_row
 
-from hermes_gunicorn import policy
-from hermes_gunicorn.loader import syscall
-from hermes_gunicorn.table import (
+from hermes_gunicorn.core import policy
+from hermes_gunicorn.core.layout import (
     BOOTING,
     BY_BIND,
     BY_CLIENT,
@@ -28,6 +27,7 @@ from hermes_gunicorn.table import (
     SLOTS_PER_GROUP,
     WORKER,
 )
+from hermes_gunicorn.kernel import bpf
 
 
 def test_fewest_requests_first(bind: Bind):
@@ -176,7 +176,7 @@ def test_what_is_sent_is_booked(bind: Bind):
 
 def test_the_program_runs_once_for_each_connection(bind: Bind, bpf_stats: None):
     bind.sent(20)
-    stats = syscall.program_stats(bind.dispatcher.program_fd)
+    stats = bpf.program_stats(bind.dispatcher.program_fd)
     assert stats.runs == 20
     assert stats.run_time_ns > 0
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from kernel_bind import Bind, MakeBind
 
-from hermes_gunicorn import loader as loaders
-from hermes_gunicorn.dispatch.kernel import KernelTable
-from hermes_gunicorn.errors import BpfError
-from hermes_gunicorn.loader import syscall
-from hermes_gunicorn.loader.program import Program
-from hermes_gunicorn.table import ALLOWED, BIND, CONTROL, DRAINING, GROUP, READY, WORKER
+from hermes_gunicorn.core.errors import BpfError
+from hermes_gunicorn.core.layout import ALLOWED, BIND, CONTROL, DRAINING, GROUP, READY, WORKER
+from hermes_gunicorn.kernel import bpf
+from hermes_gunicorn.kernel import loader as loaders
+from hermes_gunicorn.kernel.dispatcher import KernelTable
+from hermes_gunicorn.kernel.program import Program
 
 VERIFIER_BUDGET = 100_000  # instructions; the kernel's limit is a million
 
@@ -55,9 +55,9 @@ def test_the_verifier_passes_it_with_and_without_migration(kernel: KernelTable, 
     maps = kernel.bind_maps()
     fds = {name: map.fd for name, map in (kernel.maps() | maps).items()}
     code = kernel.program.relocated(fds)
-    fd = syscall._load(kernel.program, code, attach_type)
+    fd = bpf._load(kernel.program, code, attach_type)
     try:
-        assert syscall.program_stats(fd).verified_instructions < VERIFIER_BUDGET
+        assert bpf.program_stats(fd).verified_instructions < VERIFIER_BUDGET
     finally:
         os.close(fd)
         for map in maps.values():
@@ -68,7 +68,7 @@ def test_the_verifier_passes_it_with_and_without_migration(kernel: KernelTable, 
 def test_a_program_the_verifier_refuses_is_refused_with_its_words():
     program = Program("broken", bytes.fromhex("9500000000000000"), [], b"GPL", "test")
     with pytest.raises(BpfError, match=r"R0 !read_ok|processed") as caught:
-        syscall.load_program(program, {})
+        bpf.load_program(program, {})
     assert "R0 !read_ok" in caught.value.log
     assert "\n" not in str(caught.value)
 
@@ -121,7 +121,7 @@ def test_nothing_is_left_open(kernel: KernelTable, make_bind: MakeBind):
 
 NOBODY = """
 import os
-from hermes_gunicorn.dispatch.kernel import KernelTable
+from hermes_gunicorn.kernel.dispatcher import KernelTable
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 KernelTable("object", 256)
 """
@@ -129,8 +129,8 @@ KernelTable("object", 256)
 
 ONLY_CAP_BPF = """
 import ctypes, os, pickle, sys
-from hermes_gunicorn.dispatch.kernel import KernelTable
-from hermes_gunicorn.loader import syscall
+from hermes_gunicorn.kernel.dispatcher import KernelTable
+from hermes_gunicorn.kernel import bpf
 program = pickle.load(sys.stdin.buffer)
 PR_SET_KEEPCAPS, CAP_DAC_READ_SEARCH, CAP_BPF = 8, 2, 39
 libc = ctypes.CDLL(None, use_errno=True)
@@ -141,7 +141,7 @@ low, high = 1 << CAP_DAC_READ_SEARCH, 1 << (CAP_BPF - 32)
 data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
 assert libc.capset(header, data) == 0
 kernel = KernelTable("object", 256)
-print(syscall.load_program(program, kernel.maps() | kernel.bind_maps())[1])
+print(bpf.load_program(program, kernel.maps() | kernel.bind_maps())[1])
 """
 
 

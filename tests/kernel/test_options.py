@@ -12,10 +12,10 @@ import pytest
 from gunicorn.config import Config
 from gunicorn.sock import TCP6Socket, TCPSocket
 
-from hermes_gunicorn.dispatch.kernel import KernelDispatcher, KernelTable
-from hermes_gunicorn.dispatch.options import OPTIONS, Option
-from hermes_gunicorn.errors import Unsupported
-from hermes_gunicorn.listener import waiting
+from hermes_gunicorn.core.errors import Unsupported
+from hermes_gunicorn.core.socket_info import waiting
+from hermes_gunicorn.kernel.dispatcher import KernelDispatcher, KernelTable
+from hermes_gunicorn.kernel.options import OPTIONS, Option
 
 IP_FREEBIND, IP_TRANSPARENT = 15, 19
 TRUE = 1

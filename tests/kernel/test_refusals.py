@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from hermes_gunicorn.loader import syscall
+from hermes_gunicorn.kernel import bpf
 
 ERRNO, KILL_PROCESS, KILL_THREAD = 0x50000, 0x80000000, 0
 EPERM, ENOSYS, EAFNOSUPPORT = 1, 38, 97
-BPF = syscall._SYSCALL_NUMBER[platform.machine()]
+BPF = bpf._SYSCALL_NUMBER[platform.machine()]
 SOCKET = {"x86_64": 41}.get(platform.machine(), 198)
 
 # What a server does, and what the doctor says, after something was done to the process.
@@ -21,10 +21,10 @@ ATTEMPT = """
 import ctypes, errno, json, logging, os, resource, socket, struct, sys
 from gunicorn.config import Config
 from gunicorn.sock import TCPSocket
-from hermes_gunicorn.ctl import doctor
-from hermes_gunicorn.dispatch import refusals
-from hermes_gunicorn.dispatch.kernel import KernelDispatcher, KernelTable
-from hermes_gunicorn.errors import Unsupported
+from hermes_gunicorn.cli import doctor
+from hermes_gunicorn.kernel import refusals
+from hermes_gunicorn.kernel.dispatcher import KernelDispatcher, KernelTable
+from hermes_gunicorn.core.errors import Unsupported
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
@@ -211,15 +211,15 @@ def test_a_listener_that_no_other_can_stand_beside(script, prefix, reason, remed
 
 
 VERIFY = """
-from hermes_gunicorn.dispatch import refusals
-from hermes_gunicorn.errors import BpfError
-from hermes_gunicorn.loader import syscall
-from hermes_gunicorn.loader.program import Program
+from hermes_gunicorn.kernel import refusals
+from hermes_gunicorn.core.errors import BpfError
+from hermes_gunicorn.kernel import bpf
+from hermes_gunicorn.kernel.program import Program
 
 def load(*code):
     program = Program("broken", b"".join(map(bytes.fromhex, code)), [], b"GPL", "test")
     try:
-        syscall.load_program(program, {})
+        bpf.load_program(program, {})
     except BpfError as error:
         why = refusals.explain(error)
         return {"reason": why.reason, "remedy": why.remedy}

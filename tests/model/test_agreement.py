@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from kernel_bind import Bind, MakeBind
 from random_tables import Filling, fillings, fit, view
 
-from hermes_gunicorn import policy
-from hermes_gunicorn.table import BY_BIND, SHARED_SLOT, SLOTS_PER_GROUP
+from hermes_gunicorn.core import policy
+from hermes_gunicorn.core.layout import BY_BIND, SHARED_SLOT, SLOTS_PER_GROUP
 
 # How many tables of each size: 10,000 together, a fifth of them unless the run is thorough.
 # With 230 there are four groups.

@@ -33,19 +33,19 @@ class Fault:
 SERVERS = "tests/gunicorn/test_workers.py"
 FAULTS = {
     "a worker that is hung counts as healthy": Fault(
-        "policy.py",
+        "core/policy.py",
         "return threshold_ns > 0 and 0 < busy_since_ns < now_ns - threshold_ns",
         "return False",
         ("tests/unit/test_policy.py",),
     ),
     "the load does not count": Fault(
-        "policy.py",
+        "core/policy.py",
         "return load & (1 << 39) - 1,",
         "return 0,",
         ("tests/unit/test_policy.py",),
     ),
     "nothing is rescued": Fault(
-        "rescue.py",
+        "core/rescue.py",
         "while self._taken < enough and",
         "while False and",
         (SERVERS, "-k", "test_nothing_waits_for_a_worker_that_blocks and hermes-kernel"),
@@ -61,7 +61,7 @@ FAULTS = {
         ),
     ),
     "a worker in shared mode takes all it sees": Fault(
-        "dispatch/shared.py",
+        "core/admission.py",
         "if better and (drained or self._pauses < _PATIENCE):",
         "if False:",
         (SERVERS, "-k", "test_kept_alive_connections_are_spread_evenly and hermes-shared-tcp"),

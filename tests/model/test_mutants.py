@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from copies import ROOT, WITHIN, run_tests
 
-MODEL = Path("hermes_gunicorn/policy.py")
+MODEL = Path("hermes_gunicorn/core/policy.py")
 PROGRAM = Path("bpf/hermes.bpf.c")
 TESTS = (
     "tests/unit/test_policy.py",
@@ -70,7 +70,7 @@ class Mutant:
 
 
 def in_the_model() -> Iterator[Mutant]:
-    """Find the comparisons in policy.py."""
+    """Find the comparisons in core/policy.py."""
     text = (ROOT / MODEL).read_text()
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):

@@ -21,7 +21,7 @@ import gunicorn
 import psutil
 from ports import free_port
 
-from hermes_gunicorn.errors import HermesError
+from hermes_gunicorn.core.errors import HermesError
 from hermes_gunicorn.monitor import control
 
 # Seconds. They end a test that hangs and judge nothing: far more than a busy machine needs.

@@ -14,8 +14,9 @@ from gunicorn.config import Config
 from gunicorn.sock import TCP6Socket, TCPSocket
 
 import hermes_gunicorn  # noqa: F401  (registers the settings)
-from hermes_gunicorn.dispatch.kernel import KernelDispatcher, KernelTable
-from hermes_gunicorn.table import SHARED_SLOT, WEIGHT, WORKER, Table
+from hermes_gunicorn.core.layout import SHARED_SLOT, WEIGHT, WORKER
+from hermes_gunicorn.core.table import Table
+from hermes_gunicorn.kernel.dispatcher import KernelDispatcher, KernelTable
 
 ANSWERED_WITHIN = 60.0  # seconds; ends a test that hangs
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 from kernel_bind import Bind, set_row
 
-from hermes_gunicorn import policy
-from hermes_gunicorn.table import (
+from hermes_gunicorn.core import policy
+from hermes_gunicorn.core.layout import (
     ALL_SLOTS,
     BY_BIND,
     CASCADE,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from gunicorn.sock import TCPSocket
 
-from hermes_gunicorn.listener import waiting
+from hermes_gunicorn.core.socket_info import waiting
 
 
 @pytest.fixture

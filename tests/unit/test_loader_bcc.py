@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hermes_gunicorn import loader
-from hermes_gunicorn.errors import LayoutMismatch, LoaderError
-from hermes_gunicorn.loader import bcc
+from hermes_gunicorn.core.errors import LayoutMismatch, LoaderError
+from hermes_gunicorn.kernel import bcc, loader
 
 pytestmark = pytest.mark.bcc
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hermes_gunicorn import loader
-from hermes_gunicorn.errors import LayoutMismatch, LoaderError
-from hermes_gunicorn.loader import Layout, object
+from hermes_gunicorn.core.errors import LayoutMismatch, LoaderError
+from hermes_gunicorn.kernel import loader, object
+from hermes_gunicorn.kernel.program import Layout
 
 OBJECT = loader.bpf_directory() / "hermes.bpf.o"
 LAYOUT = struct.pack("<6I", *vars(Layout.of_table()).values())

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hermes_gunicorn.keeping import Keeping
-from hermes_gunicorn.table import Bind, Publisher, Table
+from hermes_gunicorn.core.keepalive import Keeping
+from hermes_gunicorn.core.row import Publisher
+from hermes_gunicorn.core.table import Bind, Table
 from hermes_gunicorn.workers.mixin import HermesMixin
 
 MS = 1_000_000

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hermes_gunicorn import table
-from hermes_gunicorn.table import WORKER, Publisher, Table
+from hermes_gunicorn.core import row
+from hermes_gunicorn.core.layout import WORKER
+from hermes_gunicorn.core.row import Publisher
+from hermes_gunicorn.core.table import Table
 
 MS = 1_000_000
 QUIET_NS = 3000 * MS
@@ -46,7 +48,7 @@ class Worker:
 def worker(monkeypatch) -> Worker:
     """The worker, and the table on its clock."""
     result = Worker()
-    monkeypatch.setattr(table, "monotonic_ns", lambda: result.now)
+    monkeypatch.setattr(row, "monotonic_ns", lambda: result.now)
     return result
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hermes_gunicorn import policy
-from hermes_gunicorn.table import (
+from hermes_gunicorn.core import policy
+from hermes_gunicorn.core.layout import (
     BOOTING,
     BY_BIND,
     BY_CLIENT,
@@ -17,9 +17,8 @@ from hermes_gunicorn.table import (
     FREE,
     READY,
     WEIGHT,
-    Columns,
-    Row,
 )
+from hermes_gunicorn.core.table import Columns, Row
 
 NOW = 1000
 

@@ -6,8 +6,8 @@ import errno
 
 import pytest
 
-from hermes_gunicorn.dispatch.refusals import CAUSES, Facts, explain
-from hermes_gunicorn.errors import BpfError, KernelError
+from hermes_gunicorn.core.errors import BpfError, KernelError
+from hermes_gunicorn.kernel.refusals import CAUSES, Facts, explain
 
 BPF = frozenset({"CAP_BPF"})
 ROOT = frozenset({"CAP_BPF", "CAP_PERFMON", "CAP_SYS_ADMIN", "CAP_NET_BIND_SERVICE"})

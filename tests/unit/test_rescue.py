@@ -8,9 +8,11 @@ import time
 
 import pytest
 
-from hermes_gunicorn import rescue
-from hermes_gunicorn.rescue import Rescuer
-from hermes_gunicorn.table import CASCADE, WORKER, Publisher, Table
+from hermes_gunicorn.core import rescue
+from hermes_gunicorn.core.layout import CASCADE, WORKER
+from hermes_gunicorn.core.rescue import Rescuer
+from hermes_gunicorn.core.row import Publisher
+from hermes_gunicorn.core.table import Table
 
 WORKERS = 4
 TURN_NS = WORKERS * 10_000_000  # one look every 10 ms, in turns

@@ -10,7 +10,7 @@ import pytest
 from gunicorn.config import Config
 
 import hermes_gunicorn  # noqa: F401  (registers the settings)
-from hermes_gunicorn import settings
+from hermes_gunicorn.arbiter import settings
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from hermes_gunicorn.slots import Slots
+from hermes_gunicorn.core.slots import Slots
 
 
 def nobody_waits(slot: int) -> int:

@@ -9,9 +9,20 @@ import time
 
 import pytest
 
-from hermes_gunicorn import table
-from hermes_gunicorn.memory import Memory
-from hermes_gunicorn.table import DRAINING, FREE, READY, SHARED_SLOT, WORKER, Publisher, Table
+from hermes_gunicorn.core import row
+from hermes_gunicorn.core.layout import (
+    CONTROL,
+    DRAINING,
+    FREE,
+    GROUP,
+    READY,
+    SHARED_SLOT,
+    SLOTS_PER_GROUP,
+    WORKER,
+)
+from hermes_gunicorn.core.row import Publisher
+from hermes_gunicorn.core.shm import Memory
+from hermes_gunicorn.core.table import Bind, Table, tuned
 
 SECOND = 1_000_000_000
 
@@ -19,8 +30,8 @@ SECOND = 1_000_000_000
 @pytest.fixture
 def shared() -> Table:
     """A table of three groups in memory that forked children share."""
-    result = Table(*(Memory(size).memory for size in Table.sizes(3 * table.SLOTS_PER_GROUP)))
-    result.slots = 3 * table.SLOTS_PER_GROUP
+    result = Table(*(Memory(size).memory for size in Table.sizes(3 * SLOTS_PER_GROUP)))
+    result.slots = 3 * SLOTS_PER_GROUP
     return result
 
 
@@ -110,7 +121,7 @@ def test_the_shared_slot_is_never_eligible(shared):
 
 def test_a_stale_word_of_the_bitmap_is_mended_by_any_worker(shared):
     shared.set_state(1, READY)
-    shared._groups[table.GROUP.index("eligible")] = 0b1100
+    shared._groups[GROUP.index("eligible")] = 0b1100
     Publisher(shared, 2).refresh()
     assert shared.eligible() == 0b10
 
@@ -194,7 +205,7 @@ def test_any_content_can_be_read(shared):
 
 def test_a_word_is_one_native_store():
     memory = bytearray(WORKER.size)
-    control, groups = bytearray(table.CONTROL.size), bytearray(16 * table.GROUP.size)
+    control, groups = bytearray(CONTROL.size), bytearray(16 * GROUP.size)
     pen = Publisher(Table(control, groups, memory), 0)
     pen.opened(own=False)
     at = WORKER.index("connections") * 8
@@ -230,7 +241,7 @@ def test_looking_at_a_table_does_not_change_it(shared):
 
 def test_the_end_of_a_turn_counts_however_soon_after_another_it_began(shared, monkeypatch):
     now = [SECOND]
-    monkeypatch.setattr(table, "monotonic_ns", lambda: now[0])
+    monkeypatch.setattr(row, "monotonic_ns", lambda: now[0])
     pen, called = Publisher(shared, 1), []
 
     def at_turn(woke_ns: int) -> int:
@@ -264,7 +275,7 @@ def test_a_bitmap_whose_rows_change_without_end_is_left_for_later(shared, monkey
 
 
 def test_a_bind_that_allows_nobody_allows_everybody():
-    bind = table.Bind(*map(bytearray, table.Bind.sizes()))
+    bind = Bind(*map(bytearray, Bind.sizes()))
     bind.allowed = 1 << 70
     assert [slot for slot in (1, 70, 71) if bind.allows(slot)] == [70]
     bind._allowed[1] = 0
@@ -280,7 +291,7 @@ def test_what_was_decided_is_restored_and_what_any_worker_stores_is_not(shared):
     shared.look_at_ns = 78
     shared.restore()
     assert (shared.policy, shared.theta, shared.localities) == (1, 0.25, 2)
-    assert shared.slots == shared.decided("slots") == 3 * table.SLOTS_PER_GROUP
+    assert shared.slots == shared.decided("slots") == 3 * SLOTS_PER_GROUP
     assert shared.look_at_ns == 78
 
 
@@ -304,7 +315,7 @@ def test_a_slot_without_an_owner_is_free_again_whatever_was_stored_there(shared)
     ],
 )
 def test_a_setting_can_be_tuned_within_limits(name, value, stored):
-    assert table.tuned(name, value) == stored
+    assert tuned(name, value) == stored
 
 
 @pytest.mark.parametrize(
@@ -312,4 +323,4 @@ def test_a_setting_can_be_tuned_within_limits(name, value, stored):
 )
 def test_what_is_no_setting_or_out_of_its_limits_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} cannot be"):
-        table.tuned(name, value)
+        tuned(name, value)

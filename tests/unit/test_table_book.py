@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hermes_gunicorn.table import DEAD, READY, WORKER, Table
+from hermes_gunicorn.core.layout import DEAD, READY, WORKER
+from hermes_gunicorn.core.table import Table
 
 
 def table(slots: int = 4) -> Table:

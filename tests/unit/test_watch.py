@@ -8,9 +8,11 @@ import time
 
 import pytest
 
+from hermes_gunicorn.core.layout import WORKER
+from hermes_gunicorn.core.row import Publisher
+from hermes_gunicorn.core.table import Table
 from hermes_gunicorn.monitor import watch as module
 from hermes_gunicorn.monitor.watch import Watch
-from hermes_gunicorn.table import WORKER, Publisher, Table
 
 ROUNDS = 5
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from gunicorn.workers import gasgi, ggevent, gthread, sync
 
-from hermes_gunicorn.keeping import Keeping
-from hermes_gunicorn.table import Publisher
+from hermes_gunicorn.core.keepalive import Keeping
+from hermes_gunicorn.core.row import Publisher
 from hermes_gunicorn.workers.asgi import HermesASGIWorker
 from hermes_gunicorn.workers.gevent import HermesGeventWorker
 from hermes_gunicorn.workers.gevent_pywsgi import HermesGeventPyWSGIWorker

@@ -1,0 +1,443 @@
+"""The ``hermes_*`` settings, for gunicorn.conf.py and as ``--hermes-*`` flags.
+
+Defining a subclass of gunicorn's ``Setting`` registers it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import math
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from gunicorn import util
+from gunicorn.config import KNOWN_SETTINGS, Config, Setting, validate_bool
+
+from hermes_gunicorn.core.errors import HermesError, SettingsError
+from hermes_gunicorn.core.layout import BY_DESTINATION, GROUP_BY, LEAST_LOADED, MAX_GROUPS, POLICIES
+from hermes_gunicorn.kernel.loader import LOADERS
+
+if TYPE_CHECKING:
+    from gunicorn.app.base import BaseApplication
+
+__all__ = ["SETTINGS", "bind_shares", "check", "complete", "ensure", "nearest", "unknown"]
+
+SECTION = "Hermes"
+MODES = ("auto", "kernel", "shared")
+KEEPALIVE = ("auto", "always")
+
+
+def _validate_threshold(value: Any) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    # The paper's and our own range: below a millisecond every request is a hang.
+    if isinstance(value, bool) or not (seconds == 0 or 0.001 <= seconds <= 3600):
+        raise ValueError(
+            f"hermes_hang_threshold must be 0 (off) or 0.001 to 3600 seconds, not {value!r}"
+        )
+    return seconds
+
+
+def _one_of(name: str, choices: Sequence[str]) -> Callable[[Any], str]:
+    def validate(value: Any) -> str:
+        if value in choices:
+            return str(value)
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+    return validate
+
+
+def _validate_rescue_after(value: Any) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if isinstance(value, bool) or not 0 <= seconds <= 3600:
+        raise ValueError(f"hermes_rescue_after must be 0 to 3600 seconds, not {value!r}")
+    return seconds
+
+
+def _validate_theta(value: Any) -> float:
+    try:
+        theta = float(value)
+    except (TypeError, ValueError):
+        theta = math.nan
+    if isinstance(value, bool) or not 0 <= theta <= 1000:
+        raise ValueError(f"hermes_theta must be 0 to 1000, not {value!r}")
+    return theta
+
+
+def _validate_groups(value: Any) -> int:
+    try:
+        groups = int(value)
+    except (TypeError, ValueError):
+        groups = 0
+    if isinstance(value, bool) or groups != float(value) or not 1 <= groups <= MAX_GROUPS:
+        raise ValueError(f"hermes_groups must be 1 to {MAX_GROUPS}, not {value!r}")
+    return groups
+
+
+def _validate_bind_workers(value: Any) -> dict[str, float]:
+    if not isinstance(value, dict):
+        raise ValueError(
+            f'hermes_bind_workers must be a dict such as {{"127.0.0.1:8001": 0.5}}, not {value!r}'
+        )
+    for address, share in value.items():
+        fits = isinstance(share, (int, float)) and not isinstance(share, bool) and 0 < share <= 1
+        if not isinstance(address, str) or not fits:
+            raise ValueError(
+                "hermes_bind_workers takes a bind address and a share above 0, up to 1,"
+                f" not {address!r}: {share!r}"
+            )
+        try:
+            util.parse_address(address)
+        except RuntimeError as error:
+            raise ValueError(f"hermes_bind_workers: {address!r}: {error}") from error
+    return {address: float(share) for address, share in value.items()}
+
+
+def _validate_stats(value: Any) -> str:
+    text = str(value or "").strip()
+    if text.startswith("unix:/") or not text:
+        return text
+    host, colon, port = text.rpartition(":")
+    if not (port.isdecimal() and 0 < int(port) < 65536 and (host or not colon)):
+        raise ValueError(f"hermes_stats must be a port, host:port or unix:/path, not {value!r}")
+    return f"{host.strip('[]') or '127.0.0.1'}:{port}"
+
+
+class HermesLoader(Setting):  # type: ignore[misc]
+    name = "hermes_loader"
+    section = SECTION
+    cli = ("--hermes-loader",)
+    meta = "STRING"
+    validator = _one_of("hermes_loader", LOADERS)
+    default = "auto"
+    desc = """\
+        Where the kernel program comes from: auto, object or bcc.
+
+        ``object`` is the prebuilt one, ``bcc`` compiles it with the system's BCC
+        when the server starts, ``auto`` takes the first that works. Read at the
+        start only, not at a reload.
+        """
+
+
+class HermesMode(Setting):  # type: ignore[misc]
+    name = "hermes_mode"
+    section = SECTION
+    cli = ("--hermes-mode",)
+    meta = "STRING"
+    validator = _one_of("hermes_mode", MODES)
+    default = "auto"
+    desc = """\
+        Who gives connections out: the kernel, or the workers among themselves.
+
+        ``kernel``: an eBPF program chooses the worker; TCP and CAP_BPF are needed,
+        and an address without is served in shared mode, with a warning.
+        ``shared``: one socket for all, and a worker leaves a connection to those
+        that have less to do; nothing is needed. ``auto``: for each address the
+        first that works. Read at the start only, not at a reload.
+        """
+
+
+class HermesStrict(Setting):  # type: ignore[misc]
+    name = "hermes_strict"
+    section = SECTION
+    cli = ("--hermes-strict",)
+    validator = validate_bool
+    action = "store_true"
+    default = False
+    desc = """\
+        Refuse to start without kernel dispatch on every bind address.
+
+        Looked at when the server starts; a reload goes on with a warning. Without
+        it, an address the kernel cannot dispatch (a Unix socket, no CAP_BPF, an
+        old kernel) is served in shared mode.
+        """
+
+
+class HermesHangThreshold(Setting):  # type: ignore[misc]
+    name = "hermes_hang_threshold"
+    section = SECTION
+    cli = ("--hermes-hang-threshold",)
+    meta = "SECONDS"
+    validator = _validate_threshold
+    default = 0.01
+    desc = """\
+        A worker whose loop did not turn for this long gets no new connections.
+
+        They go to other workers until it is back. 0 switches the check off.
+        """
+
+
+class HermesRescueAfter(Setting):  # type: ignore[misc]
+    name = "hermes_rescue_after"
+    section = SECTION
+    cli = ("--hermes-rescue-after",)
+    meta = "SECONDS"
+    validator = _validate_rescue_after
+    default = 0.005
+    desc = """\
+        What waits for a worker that is busy for this long is taken by its siblings.
+
+        A worker without room, one that hangs in poll or is gone is helped at once.
+        """
+
+
+class HermesPolicy(Setting):  # type: ignore[misc]
+    name = "hermes_policy"
+    section = SECTION
+    cli = ("--hermes-policy",)
+    meta = "STRING"
+    validator = _one_of("hermes_policy", POLICIES)
+    default = POLICIES[LEAST_LOADED]
+    desc = """\
+        Which worker gets a connection: least_loaded or cascade.
+
+        ``least_loaded``: the one with the fewest requests. ``cascade``: by hash,
+        one of those that have not clearly more connections and requests than the
+        average. docs/policies.md compares them. Changed by a reload.
+        """
+
+
+class HermesTheta(Setting):  # type: ignore[misc]
+    name = "hermes_theta"
+    section = SECTION
+    cli = ("--hermes-theta",)
+    meta = "NUMBER"
+    validator = _validate_theta
+    default = 0.5
+    desc = """\
+        Policy cascade: how far above the average is still good, as a part of it.
+        """
+
+
+class HermesGroups(Setting):  # type: ignore[misc]
+    name = "hermes_groups"
+    section = SECTION
+    cli = ("--hermes-groups",)
+    meta = "INT"
+    validator = _validate_groups
+    default = 1
+    desc = """\
+        Divide the workers into this many locality groups.
+
+        Connections that belong together (see hermes_group_by) go to the same
+        group's workers, which have their data in cache, and to the least loaded
+        of those. Another group helps out when the own one has no healthy worker.
+        """
+
+
+class HermesGroupBy(Setting):  # type: ignore[misc]
+    name = "hermes_group_by"
+    section = SECTION
+    cli = ("--hermes-group-by",)
+    meta = "STRING"
+    validator = _one_of("hermes_group_by", GROUP_BY)
+    default = GROUP_BY[BY_DESTINATION]
+    desc = """\
+        What connections of a locality group have in common.
+
+        ``destination``: the address and port they were sent to; ``client``: the
+        address they come from (behind a proxy that is the proxy's); ``bind``: the
+        bind address as configured.
+        """
+
+
+class HermesBindWorkers(Setting):  # type: ignore[misc]
+    name = "hermes_bind_workers"
+    section = SECTION
+    validator = _validate_bind_workers
+    default: ClassVar[dict[str, float]] = {}
+    desc = """\
+        Confine bind addresses to a share of the workers.
+
+        For example ``{"0.0.0.0:8001": 0.5}``: half of the workers serve that
+        address and no other does, whatever happens there. Shares are laid side by
+        side in the order given, so two halves have no worker in common. Restarts
+        do not change who serves what. Only in the configuration file.
+        """
+
+
+class HermesKeepalive(Setting):  # type: ignore[misc]
+    name = "hermes_keepalive"
+    section = SECTION
+    cli = ("--hermes-keepalive",)
+    meta = "STRING"
+    validator = _one_of("hermes_keepalive", KEEPALIVE)
+    default = KEEPALIVE[0]
+    desc = """\
+        Whether connections are kept where requests hold their worker for long.
+
+        A request on a kept connection can only be served by the worker that has it.
+        ``auto``: while requests block a worker for a third of the time or more (computing,
+        or a driver that does not yield), responses close their connection where the wait
+        that is expected clearly exceeds what a new connection costs the client, and
+        another worker is free; the next request goes there. Connections with TLS or the
+        PROXY protocol are kept, and so are those with something unread in them.
+        ``always``: as without hermes, for as long as ``keepalive`` says. Choose that behind
+        a proxy that ends TLS at layer 4 without the PROXY protocol.
+        """
+
+
+class HermesStats(Setting):  # type: ignore[misc]
+    name = "hermes_stats"
+    section = SECTION
+    cli = ("--hermes-stats",)
+    meta = "ADDRESS"
+    validator = _validate_stats
+    default = ""
+    desc = """\
+        Where to serve a live page, /metrics for Prometheus, and /stats.json.
+
+        A port of this machine (``9091`` or ``127.0.0.1:9091``), another address, or
+        ``unix:`` and a path. Not served by the workers, so it answers while all of them
+        hang. Anybody who reaches it may read it, nobody can change anything by it.
+        Without, ``hermesctl`` shows the same to root and to the server's own user.
+        """
+
+
+SETTINGS = tuple(setting for setting in KNOWN_SETTINGS if setting.section == SECTION)
+
+
+def bind_shares(cfg: Config) -> list[tuple[set[Any], float, float]]:
+    """Lay the shares of ``hermes_bind_workers`` side by side.
+
+    Returns:
+        For each entry the addresses it may mean, as ``listener.address_of`` returns
+        them, and where its share begins and ends.
+    """
+    shares, start = [], 0.0
+    for name, share in cfg.hermes_bind_workers.items():
+        shares.append((_addresses(name), start, start + share))
+        start += share
+    return shares
+
+
+def _addresses(bind: str) -> set[Any]:
+    address = util.parse_address(bind)
+    if not isinstance(address, tuple):
+        return {address}
+    with contextlib.suppress(OSError):
+        found = socket.getaddrinfo(address[0], address[1], type=socket.SOCK_STREAM)
+        return {address, *(sockaddr[:2] for *_, sockaddr in found)}
+    return {address}
+
+
+def check(cfg: Config) -> None:
+    """Refuse settings that do not fit the others.
+
+    Raises:
+        SettingsError: saying what to change.
+    """
+    if cfg.reuse_port:
+        raise SettingsError(
+            "reuse_port and a hermes worker exclude each other: hermes opens its own reuseport"
+            " listeners, one for each worker; remove reuse_port (--reuse-port)"
+        )
+    if cfg.hermes_groups > max(cfg.workers, 1):
+        raise SettingsError(
+            f"hermes_groups is {cfg.hermes_groups} and there are {cfg.workers} workers:"
+            " each group needs one; lower hermes_groups or raise workers"
+        )
+    # Inherited listeners have addresses of their own.
+    if "LISTEN_FDS" in os.environ or any(isinstance(bind, int) for bind in cfg.address):
+        return
+    for name in cfg.hermes_bind_workers:
+        if util.parse_address(name) not in cfg.address:
+            raise SettingsError(
+                f"hermes_bind_workers names {name!r}, which is not in bind ({', '.join(cfg.bind)})"
+            )
+
+
+def ensure(cfg: Config) -> None:
+    """Give a configuration that was built before our settings existed those as well.
+
+    That is the case without the ``.pth`` hook; the values then come from the configuration
+    file or module. ``complete`` sees to programs that configure gunicorn in other ways.
+
+    Raises:
+        HermesError: a value there is not valid.
+    """
+    late = [setting for setting in SETTINGS if setting.name not in cfg.settings]
+    values = _module(cfg) if late else {}
+    for setting in late:
+        cfg.settings[setting.name] = setting()
+        try:
+            cfg.set(setting.name, values.get(setting.name, setting.default))
+        except (TypeError, ValueError) as error:
+            raise HermesError(str(error)) from error
+    if late:
+        cfg.hermes_late = True
+
+
+def complete(app: BaseApplication, cfg: Config) -> None:
+    """Have a program that is its own application set what it could not set before.
+
+    ``load_config`` of such a program ran when gunicorn did not know our settings, and by
+    gunicorn's own example it skips those. It is run again, as at every reload, on another
+    configuration, of which ours are kept.
+
+    Raises:
+        SettingsError: that fails, or a value is not valid.
+    """
+    if not getattr(cfg, "hermes_late", False):
+        return
+    cfg.hermes_late = False
+    # Not at the top: with the hook this is imported when gunicorn.config is.
+    from gunicorn.app.base import Application
+    from gunicorn.app.wsgiapp import WSGIApplication
+
+    if type(app).load_config in (Application.load_config, WSGIApplication.load_config):
+        return  # ``ensure`` has read the file or module
+    again = copy.copy(app)
+    try:
+        again.load_default_config()
+        again.load_config()
+    except (TypeError, ValueError) as error:
+        raise SettingsError(str(error)) from error
+    except (Exception, SystemExit) as error:
+        raise SettingsError(
+            f"the hermes_* settings of this program cannot be read ({error!r}); import"
+            " hermes_gunicorn before the program makes its gunicorn application"
+        ) from error
+    for setting in SETTINGS:
+        cfg.settings[setting.name] = again.cfg.settings[setting.name]
+
+
+def unknown(cfg: Config) -> list[str]:
+    """List what the configuration file or module sets that looks like ours and is not.
+
+    gunicorn ignores names that it does not know.
+    """
+    names = {setting.name for setting in SETTINGS}
+    return [
+        name
+        for name, value in _module(cfg).items()
+        if name.startswith("hermes_") and name not in names and not _is_code(value)
+    ]
+
+
+def nearest(name: str) -> str:
+    """Return the setting that is meant by a name, or else all of them."""
+    names = [str(setting.name) for setting in SETTINGS]
+    return (difflib.get_close_matches(name, names, 1) or [", ".join(names)])[0]
+
+
+def _module(cfg: Config) -> dict[str, Any]:
+    """Return the variables of the configuration file or module; empty if there is none."""
+    prefix, _, name = str(cfg.config).partition(":")
+    module = sys.modules.get(name if prefix == "python" else "__config__")
+    return vars(module) if module is not None else {}
+
+
+def _is_code(value: Any) -> bool:
+    return callable(value) or isinstance(value, ModuleType)

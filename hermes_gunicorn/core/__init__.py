@@ -1,0 +1,1 @@
+"""The decision, the table and one worker's life: standard library only."""

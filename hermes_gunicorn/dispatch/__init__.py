@@ -1,1 +1,0 @@
-"""How a bind address's connections reach the workers."""

@@ -1,0 +1,1 @@
+"""eBPF: the program, its ways into the kernel, and what dispatches by it."""
