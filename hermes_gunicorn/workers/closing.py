@@ -1,7 +1,7 @@
 """Which responses may close their connection, as the servers that send them see it.
 
-``core/keepalive.py`` decides whether that pays. Here it is kept from doing harm: the response must be
-known to end soon after it begins, the request must have been received to its end, and nothing
+``core/keepalive.py`` decides whether that pays. Here it is kept from doing harm: the response must
+be known to end soon after it begins, the request must have been received to its end, and nothing
 may have come behind it. What a server of unknown make holds is not known, so that one keeps
 its connections.
 """

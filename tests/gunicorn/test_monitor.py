@@ -204,6 +204,7 @@ def test_settings_of_a_running_server(server):
 
 
 def test_a_drained_worker_gets_nothing_new_but_keeps_what_it_has(server):
+    server.tune(0)  # on a busy machine all others may look hung, and then it helps
     (first, *_) = status(server)["workers"]
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in range(12)]
