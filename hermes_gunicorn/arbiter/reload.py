@@ -49,7 +49,10 @@ def keep_configuration(server: Arbiter) -> None:
         try:
             load()
             # Both are imported when they are asked for.
-            _ = server.app.cfg.worker_class, server.app.cfg.logger_class
+            worker_class, _ = server.app.cfg.worker_class, server.app.cfg.logger_class
+            # gunicorn asks at the start only. Ours refuses where something it needs is missing.
+            if worker_class.__module__.startswith("hermes_gunicorn."):
+                worker_class.check_config(server.app.cfg, server.log)
             listeners = _listeners(server, server.app.cfg)
         except SystemExit as error:  # gunicorn has printed why
             server.app.cfg = old

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import psutil
-
 from hermes_gunicorn.core import policy
 from hermes_gunicorn.core.layout import DRAINING, FREE, POLICIES, READY, SHARED_SLOT, STATES
 from hermes_gunicorn.core.shm import Mapping
 from hermes_gunicorn.core.table import Bind, Row, Table, tuned
+
+try:
+    import psutil
+except Exception:  # missing, or broken: CPU time and memory are not shown then
+    psutil = None
 
 __all__ = ["EVERY", "Watch"]
 
@@ -31,7 +34,7 @@ _PAUSE: Final = 5.0  # seconds; what happens again within them is the same event
 class _Process:
     """A worker's process, and what it used when it was looked at last."""
 
-    process: psutil.Process
+    process: Any = None
     at: float = 0.0
     used: float = 0.0
     percent: float = 0.0
@@ -231,6 +234,8 @@ class Watch:
         }
 
     def _look_at(self, pid: int) -> _Process:
+        if psutil is None:
+            return _Process()
         known = self._processes.get(pid)
         # The number is what a worker wrote there.
         with contextlib.suppress(psutil.Error, ValueError, OverflowError):
@@ -249,7 +254,7 @@ class Watch:
                 known.rss = known.process.memory_info().rss
             return known
         self._processes.pop(pid, None)
-        return _Process(psutil.Process())
+        return _Process()
 
     def events(self) -> list[dict[str, Any]]:
         """Return what has happened, the oldest first."""

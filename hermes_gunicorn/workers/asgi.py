@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gunicorn
-from gunicorn.workers.base import Worker
 
-from hermes_gunicorn.core.errors import HermesError
 from hermes_gunicorn.workers.asyncio import HermesAsyncioMixin
+from hermes_gunicorn.workers.unavailable import unavailable
 
-try:
-    from gunicorn.workers.gasgi import ASGIWorker
-except ImportError:
-
-    class ASGIWorker(Worker):  # type: ignore[misc,no-redef]
-        """Says that there is none."""
-
-        @classmethod
-        def check_config(cls, cfg: Any, log: Any) -> None:
-            raise HermesError(
-                f"hermes_asgi needs gunicorn 24 or later, this is {gunicorn.__version__};"
-                " upgrade it, or use uvicorn's worker (docs/workers.md)"
-            )
-
+if TYPE_CHECKING:
+    ASGIWorker = Any
+else:
+    try:
+        from gunicorn.workers.gasgi import ASGIWorker
+    except ImportError:
+        ASGIWorker = unavailable(
+            f"hermes_asgi needs gunicorn 24 or later, this is {gunicorn.__version__}; upgrade it,"
+            " or use uvicorn's worker (docs/workers.md)"
+        )
 
 __all__ = ["HermesASGIWorker"]
 

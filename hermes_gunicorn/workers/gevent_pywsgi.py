@@ -1,13 +1,7 @@
-"""``hermes_gevent_pywsgi``: the gevent worker with gevent's own HTTP server."""
+"""The name under which ``HermesGeventPyWSGIWorker`` is registered."""
 
 from __future__ import annotations
 
-from gunicorn.workers import ggevent
-
-from hermes_gunicorn.workers.gevent import HermesGeventWorker
+from hermes_gunicorn.workers.gevent import HermesGeventPyWSGIWorker
 
 __all__ = ["HermesGeventPyWSGIWorker"]
-
-
-class HermesGeventPyWSGIWorker(HermesGeventWorker, ggevent.GeventPyWSGIWorker):  # type: ignore[misc]
-    """gunicorn's gevent_pywsgi worker with a slot of its own."""

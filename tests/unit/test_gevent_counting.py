@@ -10,7 +10,7 @@ import pytest
 from hermes_gunicorn.core.layout import DRAINING
 from hermes_gunicorn.core.row import Publisher
 from hermes_gunicorn.core.table import Table
-from hermes_gunicorn.workers.gevent import PublishingServer
+from hermes_gunicorn.workers.ggevent import PublishingServer
 from hermes_gunicorn.workers.mixin import HermesMixin
 
 

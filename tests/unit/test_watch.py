@@ -76,3 +76,11 @@ def test_workers_that_are_gone_are_forgotten(watch):
             assert watch.status()["workers"][0]["rss"] > 0
             process.communicate()
         assert len(watch._processes) <= 2
+
+
+def test_without_psutil_all_but_cpu_time_and_memory_is_told(watch, monkeypatch):
+    assert all(worker["rss"] for worker in watch.status()["workers"])
+    monkeypatch.setattr(module, "psutil", None)
+    workers = watch.status()["workers"]
+    assert [worker["state"] for worker in workers] == ["ready", "ready"]
+    assert not any(worker["rss"] or worker["cpu_seconds"] for worker in workers)
