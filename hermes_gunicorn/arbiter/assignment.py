@@ -12,7 +12,7 @@ from hermes_gunicorn.core.table import Bind
 if TYPE_CHECKING:
     from gunicorn.sock import BaseSocket
 
-    from hermes_gunicorn.arbiter.manager import Coordinator
+    from hermes_gunicorn.arbiter.manager import DispatchManager
 
 __all__ = ["Assignment"]
 
@@ -32,7 +32,7 @@ class Assignment:
 
     def __init__(
         self,
-        coordinator: Coordinator,
+        manager: DispatchManager,
         slot: int | None,
         exclusive: list[bool],
         contested: list[bool],
@@ -43,7 +43,7 @@ class Assignment:
         self.exclusive = exclusive
         self.contested = contested
         self.binds = binds
-        self._coordinator = coordinator
+        self._manager = manager
         self._indexes = indexes  # in worker.sockets, by gunicorn's listener for the address
 
     def serves(self, index: int) -> bool:
@@ -56,11 +56,11 @@ class Assignment:
 
     def take_up(self) -> Publisher:
         """In the worker: drop what is the arbiter's and get the pen for the row."""
-        self._coordinator.mirror()  # a post_fork hook may have set something
-        self._coordinator.leave_to_arbiter()
+        self._manager.mirror()  # a post_fork hook may have set something
+        self._manager.leave_to_arbiter()
         if self.slot is None:
             return Publisher.unseen()
-        return Publisher(self._coordinator.table, self.slot)
+        return Publisher(self._manager.table, self.slot)
 
     def siblings(self) -> dict[int, list[tuple[int, BaseSocket]]]:
         """In the worker: the other slots' listeners.
@@ -70,7 +70,7 @@ class Assignment:
         """
         result: dict[int, list[tuple[int, BaseSocket]]] = {}
         if self.slot is not None and any(self.exclusive):
-            for shared, dispatcher in self._coordinator.dispatchers.items():
+            for shared, dispatcher in self._manager.dispatchers.items():
                 for slot, listener in dispatcher.listeners().items():
                     if slot != self.slot:
                         result.setdefault(slot, []).append((self._indexes[shared], listener))
@@ -78,12 +78,12 @@ class Assignment:
 
     def leave_siblings(self) -> None:
         """In a worker that stops: let go of the other slots' listeners."""
-        for dispatcher in self._coordinator.dispatchers.values():
+        for dispatcher in self._manager.dispatchers.values():
             dispatcher.leave_siblings(self.slot or SHARED_SLOT)
 
     def told_to_stop(self) -> bool:
         """In the worker: whether a signal to stop went to the arbiter's handlers."""
-        queue = self._coordinator.server.SIG_QUEUE
+        queue = self._manager.server.SIG_QUEUE
         if isinstance(queue, list):  # gunicorn 23
             return not _STOP.isdisjoint(queue)
         return any(queue.get_nowait() in _STOP for _ in range(queue.qsize()))

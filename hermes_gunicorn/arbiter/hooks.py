@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hermes_gunicorn.arbiter import forks, reload, settings
-from hermes_gunicorn.arbiter.manager import Coordinator
+from hermes_gunicorn.arbiter.manager import DispatchManager
 from hermes_gunicorn.core.errors import StartError, StrictError
 
 if TYPE_CHECKING:
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
 __all__ = ["install"]
 
 
-def _coordinator(server: Arbiter) -> Coordinator:
-    """Return the arbiter's coordinator, made at the first call.
+def _manager(server: Arbiter) -> DispatchManager:
+    """Return the arbiter's manager, made at the first call.
 
     Raises:
         SettingsError: not with these settings.
     """
-    coordinator = getattr(server, "hermes", None)
-    if coordinator is None:
+    manager = getattr(server, "hermes", None)
+    if manager is None:
         settings.complete(server.app, server.cfg)
-        coordinator = server.hermes = Coordinator(server)
+        manager = server.hermes = DispatchManager(server)
         # HUP may bring another worker class; our hooks stay.
         reload.after_setup(server, lambda: install(server.cfg))
-    return coordinator
+    return manager
 
 
 def _when_ready(server: Arbiter) -> None:
     try:
         settings.complete(server.app, server.cfg)
         settings.check(server.cfg)
-        _coordinator(server).prepare(bool(server.cfg.hermes_strict))
+        _manager(server).prepare(bool(server.cfg.hermes_strict))
     except Exception as error:
         if not (server.cfg.hermes_strict or isinstance(error, StartError)):
             raise
@@ -62,15 +62,17 @@ def _pre_fork(server: Arbiter, worker: Worker) -> None:
     if not hasattr(worker, "assignment"):
         return  # HUP brought another worker class
     if server.cfg.reuse_port:
-        server.log.warning("hermes: ignoring reuse_port, which HUP has switched on")
+        server.log.warning(
+            "hermes: reload has set reuse_port; ignored, as each worker has its own listener"
+        )
         server.cfg.set("reuse_port", False)
     try:
-        coordinator = _coordinator(server)
+        manager = _manager(server)
     except StartError as error:  # a reload has brought the class, and the server stays
-        server.log.error("hermes: the workers serve without a dispatcher: %s", error)
+        server.log.error("hermes: workers serve without dispatch: %s", error)
         return
-    coordinator.prepare()
-    worker.assignment = coordinator.assign(worker)
+    manager.prepare()
+    worker.assignment = manager.assign(worker)
 
 
 def _child_exit(server: Arbiter, worker: Worker) -> None:

@@ -30,6 +30,7 @@ from hermes_gunicorn.core.shm import Memory
 from hermes_gunicorn.core.slots import Slots
 from hermes_gunicorn.core.socket_info import address_of, backlog
 from hermes_gunicorn.core.table import Bind, Table, tuned
+from hermes_gunicorn.core.words import count
 from hermes_gunicorn.kernel import refusals
 from hermes_gunicorn.kernel.dispatcher import KernelDispatcher, KernelTable
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from gunicorn.sock import BaseSocket
     from gunicorn.workers.base import Worker
 
-__all__ = ["Coordinator"]
+__all__ = ["DispatchManager"]
 
 _MIN_ROWS = 256  # 32 KiB; enough for HUP, which doubles the workers, and many a TTIN
 _ROWS_PER_WORKER = 4
@@ -49,7 +50,7 @@ _HANDSHAKE = 130.0  # seconds for which the kernel waits for its end at most, by
 _REMIND = 60.0  # seconds between log lines about the same thing
 
 
-class Coordinator:
+class DispatchManager:
     """Slots and dispatchers of one arbiter.
 
     Args:
@@ -175,8 +176,8 @@ class Coordinator:
             if not self._mirror_failed:
                 self._mirror_failed = True
                 self.server.log.exception(
-                    "hermes: cannot copy socket options to the workers' listeners; those that"
-                    " have changed hold for the shared listener only"
+                    "hermes: cannot copy socket options to the workers' listeners; options that"
+                    " have changed apply to the shared listener only"
                 )
 
     def _reserve(self) -> None:
@@ -212,7 +213,8 @@ class Coordinator:
         self._lacks_files = True
         why = refusals.explain(error, listener.sock)
         self.server.log.warning(
-            "hermes: cannot open listeners in advance on %s: %s; rescue is limited. To mend it: %s",
+            "hermes: cannot open listeners in advance on %s: %s. New workers cannot take over each"
+            " other's pending connections until they are replaced. To fix it: %s",
             listener,
             why.reason,
             why.remedy,
@@ -255,8 +257,8 @@ class Coordinator:
         for name, value in self._at_start.items():
             if cfg.settings[name].get() != value:
                 self.server.log.warning(
-                    "hermes: %s stays %s, as it is read at the start only; to change it to %s,"
-                    " restart or upgrade (USR2) the server",
+                    "hermes: %s stays %s: a reload cannot change it. To change it to %s, restart or"
+                    " upgrade (USR2) the server",
                     name,
                     value,
                     cfg.settings[name].get(),
@@ -303,11 +305,11 @@ class Coordinator:
         wanted = error and (self._mode == "kernel" or isinstance(listener, sock.TCPSocket))
         self.server.log.log(
             logging.WARNING if wanted else logging.INFO,
-            "hermes: shared mode on %s (policy %s, hang threshold %g s, %d workers): %s",
+            "hermes: shared mode on %s (policy %s, hang threshold %g s, %s): %s",
             listener,
             self.server.cfg.hermes_policy,
             self.server.cfg.hermes_hang_threshold,
-            self.server.num_workers,
+            count(self.server.num_workers, "worker"),
             reason,
         )
 
@@ -317,13 +319,13 @@ class Coordinator:
         migrates = all(dispatcher.migrates for dispatcher in self.dispatchers.values())
         self.server.log.info(
             "hermes: kernel dispatch on %s (loader %s, policy %s, hang threshold %g s,"
-            " migration %s, %d workers, %d slots)",
+            " migration %s, %s, %d slots)",
             ", ".join(map(str, self.dispatchers)),
             self._kernel.loader,
             self.server.cfg.hermes_policy,
             self.server.cfg.hermes_hang_threshold,
             "on" if migrates else "off",
-            self.server.num_workers,
+            count(self.server.num_workers, "worker"),
             self.table.capacity - 1,
         )
 
@@ -399,7 +401,8 @@ class Coordinator:
         own: dict[BaseSocket, BaseSocket] = {}
         if slot is None:
             self.server.log.warning(
-                "hermes: all %d slots are taken; the worker serves only what no other can",
+                "hermes: worker table full (%d slots): this worker accepts from the shared"
+                " listener only",
                 self.table.capacity - 1,
             )
         else:
@@ -413,8 +416,8 @@ class Coordinator:
             except (OSError, Unsupported) as error:
                 why = refusals.explain(error, listener.sock)
                 self.server.log.warning(
-                    "hermes: no listener for slot %d on %s: %s; the worker serves only what no"
-                    " other can. To mend it: %s",
+                    "hermes: no listener for slot %d on %s: %s. This worker accepts from the shared"
+                    " listener only. To fix it: %s",
                     slot,
                     listener,
                     why.reason,
@@ -477,13 +480,15 @@ class Coordinator:
                 dispatcher.take_over()
             except Exception as error:
                 self.server.log.warning(
-                    "hermes: cannot take %s back: %s; its workers share one queue until that"
-                    " works, which is tried every second",
+                    "hermes: cannot restore kernel dispatch on %s after the upgrade: %s. Its"
+                    " workers share one queue meanwhile; trying again every second",
                     listener,
                     error,
                 )
             else:
-                self.server.log.info("hermes: kernel dispatch on %s taken back", listener)
+                self.server.log.info(
+                    "hermes: kernel dispatch on %s restored after the upgrade", listener
+                )
 
     def _keep_attached(self) -> None:
         """Once a second and at each fork: see that new connections go where our program says.
@@ -498,8 +503,8 @@ class Coordinator:
             except (OSError, Unsupported) as error:
                 if listener not in self._incomplete:
                     self.server.log.warning(
-                        "hermes: cannot attach the eBPF program to %s: %s; if it is not attached,"
-                        " connections are spread by a hash. Trying again every second",
+                        "hermes: cannot attach the eBPF program to %s: %s. Until it is attached, a"
+                        " hash spreads the connections over the workers. Trying again every second",
                         listener,
                         error,
                     )
@@ -507,9 +512,9 @@ class Coordinator:
             else:
                 if not complete and listener not in self._incomplete:
                     self.server.log.warning(
-                        "hermes: %s is in use by another server, or by a process that an earlier"
-                        " one has forked; while no worker is free, its connections wait for one"
-                        " worker instead of the first that is. Trying again every second",
+                        "hermes: another server, or a process that an earlier one has forked, also"
+                        " listens on %s. While all workers are busy, a connection waits for one"
+                        " worker instead of the first idle one. Trying again every second",
                         listener,
                     )
             (self._incomplete.discard if complete else self._incomplete.add)(listener)
@@ -535,12 +540,11 @@ class Coordinator:
         if strays and not explained and now - self._told_of_strays >= _REMIND:
             self._told_of_strays = now
             self.server.log.warning(
-                "hermes: the eBPF program was not attached to %s: %s went to listeners of no"
-                " worker; workers take what waits there, and the program is attached again."
-                " Whoever has a listener can detach it: look for code in a worker, or for"
-                " another server on the same socket, that does",
+                "hermes: the eBPF program was detached from %s: %s went to listeners without a"
+                " worker. Workers take them over, and the program is attached again. Code in a"
+                " worker, or another server on the same socket, has detached it",
                 " or ".join(map(str, self.dispatchers)),
-                "1 connection" if strays == 1 else f"{strays} connections",
+                count(strays, "connection"),
             )
 
     def _waiting(self, slot: int) -> int:

@@ -73,8 +73,8 @@ class Monitor:
         except OSError as error:
             self._log.log(
                 logging.WARNING if sys.platform == "linux" else logging.DEBUG,
-                "hermes: no control socket: %s; hermesctl cannot reach this server. It serves all"
-                " the same. Allow Unix sockets (systemd: RestrictAddressFamilies=AF_UNIX)",
+                "hermes: no control socket: %s. hermesctl cannot reach this server; requests are"
+                " not affected. Allow Unix sockets (systemd: RestrictAddressFamilies=AF_UNIX)",
                 error,
             )
 
@@ -113,7 +113,9 @@ class Monitor:
         except Exception:
             if self._works:  # once, until it has worked again
                 self._works = False
-                self._log.exception("hermes: the monitor cannot be started; the server goes on")
+                self._log.exception(
+                    "hermes: the monitor cannot be started; requests are not affected"
+                )
 
     # The address of hermes_stats.
 
@@ -133,8 +135,8 @@ class Monitor:
             if self._complaint != f"{where}: {error}":
                 self._complaint = f"{where}: {error}"
                 self._log.warning(
-                    "hermes: no statistics on %s; trying again every second. The server serves"
-                    " all the same. Free that address or change hermes_stats",
+                    "hermes: no statistics on %s. Requests are not affected; trying again every"
+                    " second. Free that address or change hermes_stats",
                     self._complaint,
                 )
             return
@@ -229,8 +231,8 @@ class Monitor:
         self._pause = 1.0 if lived > _LONGEST_PAUSE else min(2 * self._pause, _LONGEST_PAUSE)
         self._start_at = self._started_at + self._pause
         self._log.warning(
-            "hermes: the monitor has ended; hermes_stats does not answer until it is started again,"
-            " in %.0f s. Requests are served all the same",
+            "hermes: the monitor has ended. hermes_stats does not answer until it is started again,"
+            " in %.0f s; requests are not affected",
             max(self._start_at - time.monotonic(), 0),
         )
 

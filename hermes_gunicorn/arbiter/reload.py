@@ -71,7 +71,7 @@ def keep_configuration(server: Arbiter) -> None:
         except _Rejected as error:
             os.environ.update(server.cfg.env)  # which a reload begins by taking back
             server.log.error(
-                "hermes: the new configuration cannot be loaded (%s); all goes on with the old one",
+                "hermes: reload rejected: %s. Still running with the previous configuration.",
                 error,
             )
         finally:

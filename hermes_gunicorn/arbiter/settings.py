@@ -122,11 +122,11 @@ class HermesLoader(Setting):  # type: ignore[misc]
     validator = _one_of("hermes_loader", LOADERS)
     default = "auto"
     desc = """\
-        Where the kernel program comes from: auto, object or bcc.
+        Where the eBPF program comes from: auto, object or bcc.
 
-        ``object`` is the prebuilt one, ``bcc`` compiles it with the system's BCC
-        when the server starts, ``auto`` takes the first that works. Read at the
-        start only, not at a reload.
+        ``object`` is the prebuilt program, ``bcc`` compiles it with the system's BCC
+        when the server starts, ``auto`` uses the first that works. A reload does not
+        change it.
         """
 
 
@@ -138,13 +138,13 @@ class HermesMode(Setting):  # type: ignore[misc]
     validator = _one_of("hermes_mode", MODES)
     default = "auto"
     desc = """\
-        Who gives connections out: the kernel, or the workers among themselves.
+        What assigns connections to workers: the kernel, or the workers themselves.
 
-        ``kernel``: an eBPF program chooses the worker; TCP and CAP_BPF are needed,
-        and an address without is served in shared mode, with a warning.
-        ``shared``: one socket for all, and a worker leaves a connection to those
-        that have less to do; nothing is needed. ``auto``: for each address the
-        first that works. Read at the start only, not at a reload.
+        ``kernel``: an eBPF program chooses the worker. It needs TCP and CAP_BPF; other
+        addresses are served in shared mode, with a warning. ``shared``: all workers
+        share one socket, and a worker leaves a connection to those with less load; it
+        needs nothing. ``auto``: for each address the first that works. A reload does
+        not change it.
         """
 
 
@@ -158,9 +158,9 @@ class HermesStrict(Setting):  # type: ignore[misc]
     desc = """\
         Refuse to start without kernel dispatch on every bind address.
 
-        Looked at when the server starts; a reload goes on with a warning. Without
-        it, an address the kernel cannot dispatch (a Unix socket, no CAP_BPF, an
-        old kernel) is served in shared mode.
+        Checked at the start; a reload only warns. Otherwise an address that the kernel
+        cannot dispatch (a Unix socket, no CAP_BPF, an old kernel) is served in shared
+        mode.
         """
 
 
@@ -172,9 +172,9 @@ class HermesHangThreshold(Setting):  # type: ignore[misc]
     validator = _validate_threshold
     default = 0.01
     desc = """\
-        A worker whose loop did not turn for this long gets no new connections.
+        Seconds without a turn of its loop after which a worker gets no new connections.
 
-        They go to other workers until it is back. 0 switches the check off.
+        They go to other workers until its loop turns again. 0 disables the check.
         """
 
 
@@ -186,9 +186,9 @@ class HermesRescueAfter(Setting):  # type: ignore[misc]
     validator = _validate_rescue_after
     default = 0.005
     desc = """\
-        What waits for a worker that is busy for this long is taken by its siblings.
+        Seconds of being busy after which others take over a worker's pending connections.
 
-        A worker without room, one that hangs in poll or is gone is helped at once.
+        They do so at once if it has no room, hangs in poll, or has exited.
         """
 
 
@@ -216,7 +216,7 @@ class HermesTheta(Setting):  # type: ignore[misc]
     validator = _validate_theta
     default = 0.5
     desc = """\
-        Policy cascade: how far above the average is still good, as a part of it.
+        Policy cascade: how far above the average load still counts as low (0.5: by half).
         """
 
 
@@ -232,7 +232,7 @@ class HermesGroups(Setting):  # type: ignore[misc]
 
         Connections that belong together (see hermes_group_by) go to the same
         group's workers, which have their data in cache, and to the least loaded
-        of those. Another group helps out when the own one has no healthy worker.
+        of those. If the group has no healthy worker, another group serves them.
         """
 
 
@@ -260,10 +260,10 @@ class HermesBindWorkers(Setting):  # type: ignore[misc]
     desc = """\
         Confine bind addresses to a share of the workers.
 
-        For example ``{"0.0.0.0:8001": 0.5}``: half of the workers serve that
-        address and no other does, whatever happens there. Shares are laid side by
-        side in the order given, so two halves have no worker in common. Restarts
-        do not change who serves what. Only in the configuration file.
+        For example ``{"0.0.0.0:8001": 0.5}``: half of the workers serve that address,
+        and the others never do. Shares are allocated side by side in the order given,
+        so two halves have no worker in common. Restarts do not change which worker
+        serves what. Only in the configuration file.
         """
 
 
@@ -275,16 +275,16 @@ class HermesKeepalive(Setting):  # type: ignore[misc]
     validator = _one_of("hermes_keepalive", KEEPALIVE)
     default = KEEPALIVE[0]
     desc = """\
-        Whether connections are kept where requests hold their worker for long.
+        Whether to keep connections open while requests block their worker.
 
-        A request on a kept connection can only be served by the worker that has it.
-        ``auto``: while requests block a worker for a third of the time or more (computing,
-        or a driver that does not yield), responses close their connection where the wait
-        that is expected clearly exceeds what a new connection costs the client, and
-        another worker is free; the next request goes there. Connections with TLS or the
-        PROXY protocol are kept, and so are those with something unread in them.
-        ``always``: as without hermes, for as long as ``keepalive`` says. Choose that behind
-        a proxy that ends TLS at layer 4 without the PROXY protocol.
+        Only the worker that has a kept connection can serve its next request. ``auto``:
+        while requests block a worker for a third of the time or more (computing, or a
+        driver that does not yield), a response closes its connection if the expected wait
+        clearly exceeds what a new connection costs the client and another worker is idle;
+        the next request goes there. Connections with TLS or the PROXY protocol, and those
+        with unread data, are kept. ``always``: keep them for as long as ``keepalive`` says,
+        as stock gunicorn does; use it behind a proxy that terminates TLS at layer 4 without
+        the PROXY protocol.
         """
 
 
@@ -299,9 +299,9 @@ class HermesStats(Setting):  # type: ignore[misc]
         Where to serve a live page, /metrics for Prometheus, and /stats.json.
 
         A port of this machine (``9091`` or ``127.0.0.1:9091``), another address, or
-        ``unix:`` and a path. Not served by the workers, so it answers while all of them
-        hang. Anybody who reaches it may read it, nobody can change anything by it.
-        Without, ``hermesctl`` shows the same to root and to the server's own user.
+        ``unix:`` and a path. A separate process serves it, so it answers while all workers
+        hang. Anyone who can connect can read it; nothing can be changed through it.
+        Without it, ``hermesctl`` shows the same to root and to the server's own user.
         """
 
 

@@ -50,7 +50,7 @@ def main(channel: int, listener: int, stats: int) -> None:
     try:
         _serve(arbiter, listener, stats)
     except Exception:
-        log.exception("hermes: the monitor ends")
+        log.exception("hermes: the monitor ends after an error")
 
 
 def _serve(arbiter: socket.socket, listener: int, stats: int) -> None:

@@ -15,6 +15,7 @@ from hermes_gunicorn.core import policy
 from hermes_gunicorn.core.layout import DRAINING, FREE, POLICIES, READY, SHARED_SLOT, STATES
 from hermes_gunicorn.core.shm import Mapping
 from hermes_gunicorn.core.table import Bind, Row, Table, tuned
+from hermes_gunicorn.core.words import count
 
 try:
     import psutil
@@ -326,12 +327,16 @@ def _problems(workers: list[dict[str, Any]], binds: list[dict[str, Any]]) -> lis
     if not ready:
         problems.append("no worker is ready")
     elif len(stuck) == len(ready):
-        problems.append(f"all {len(ready)} workers hang")
+        problems.append(
+            "the only worker hangs" if len(ready) == 1 else f"all {len(ready)} workers hang"
+        )
     elif stuck:
         slots = ", ".join(str(worker["slot"]) for worker in stuck)
-        problems.append(f"{len(stuck)} of {len(ready)} workers hang (slot {slots})")
+        hang = "workers hangs (slot" if len(stuck) == 1 else "workers hang (slots"
+        problems.append(f"{len(stuck)} of {len(ready)} {hang} {slots})")
     for bind in binds:
         lost = bind["shared_failed"] + bind["no_table"]
         if lost:
-            problems.append(f"{bind['address']}: {lost} connections were left to the kernel's hash")
+            left = f"{count(lost, 'connection')} left to the kernel's hash"
+            problems.append(f"{bind['address']}: {left}")
     return problems

@@ -34,7 +34,7 @@ try:
 except Exception as error:
     metrics = None  # type: ignore[assignment]
     if not isinstance(error, ModuleNotFoundError) or error.name != "prometheus_client":
-        log.warning("hermes: no /metrics: prometheus_client cannot be used: %r", error)
+        log.warning("hermes: no /metrics: cannot import prometheus_client: %r", error)
 
 __all__ = ["serve"]
 
@@ -152,7 +152,7 @@ class _Server(socketserver.ThreadingTCPServer):
         now = time.monotonic()
         if now - self._logged.get(path, -_LOG_AGAIN) >= _LOG_AGAIN:
             self._logged[path] = now
-            log.exception("hermes: hermes_stats cannot answer %s", path)
+            log.exception("hermes: error in hermes_stats at %s", path)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:

@@ -442,7 +442,10 @@ class HermesAsyncioMixin(HermesMixin):
         try:
             self.begin(capacity, self._take, self.has_room)
         except Exception:
-            self.log.exception("hermes: this worker serves, and does not help others")
+            self.log.exception(
+                "hermes: unexpected error; this worker serves, but does not take over other"
+                " workers' pending connections"
+            )
             self.publisher.ready(capacity)
         self._loop.call_later(_SOON, self._tell_what_is_not_served)
         self._each_second()
@@ -454,8 +457,8 @@ class HermesAsyncioMixin(HermesMixin):
         unserved = {str(s) for index, s in enumerate(self.sockets) if index not in self._servers}
         if unserved:
             self.log.warning(
-                "hermes: this worker does not serve %s, as no server was created for it;"
-                " connections that are sent to it there wait for other workers",
+                "hermes: no server was created for %s in this worker; connections that arrive"
+                " for it there wait for other workers",
                 ", ".join(sorted(unserved)),
             )
 
@@ -503,8 +506,8 @@ class HermesAsyncioMixin(HermesMixin):
             self._follow()
             self._loop.call_later(_NO_FILES, self._try_files_again)
             self.log.error(
-                "hermes: cannot accept connections: %s; they wait, or other workers take them."
-                " Trying again in %g s",
+                "hermes: cannot accept connections: %s. They wait, or other workers take them over;"
+                " trying again in %g s",
                 error.strerror,
                 _NO_FILES,
             )
@@ -550,8 +553,8 @@ class HermesAsyncioMixin(HermesMixin):
         if self._counts:
             self._counts = False
             self.log.warning(
-                "hermes: %s has no application that can be counted; each of its connections"
-                " counts as one request for as long as it is open",
+                "hermes: cannot count the requests of %s; each of its connections counts as one"
+                " request while it is open",
                 type(protocol).__name__,
             )
 

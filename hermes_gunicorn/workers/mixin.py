@@ -20,6 +20,7 @@ from hermes_gunicorn.core.layout import ALL_SLOTS, SHARED_SLOT, SLOTS_PER_GROUP
 from hermes_gunicorn.core.rescue import Rescuer
 from hermes_gunicorn.core.row import Publisher
 from hermes_gunicorn.core.socket_info import waiting
+from hermes_gunicorn.core.words import count
 from hermes_gunicorn.workers import closing
 
 if TYPE_CHECKING:
@@ -264,8 +265,8 @@ class HermesMixin(_Base):  # type: ignore[misc]
         if now - self._rescue_failed < _COMPLAINS:
             return
         self._rescue_failed = now
-        text = "hermes: cannot take over connections that wait for other workers: %s. This worker"
-        text += " keeps serving its own and tries again every second"
+        text = "hermes: cannot take over other workers' pending connections: %s. This worker keeps"
+        text += " serving its own and tries again every second"
         if isinstance(error, OSError):
             remedy = ""
             if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -342,10 +343,10 @@ class HermesMixin(_Base):  # type: ignore[misc]
         lost = self.publisher.queued - self._waiting()
         if lost > 0:
             self.log.info(
-                "hermes: busy for %.3f s (slot %d); siblings took %d waiting connections over",
+                "hermes: busy for %.3f s (slot %d); other workers took over %s",
                 busy_ns / 1e9,
                 self.publisher.slot,
-                lost,
+                count(lost, "pending connection"),
             )
 
     def _waiting(self) -> int:

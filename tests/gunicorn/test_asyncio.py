@@ -372,4 +372,4 @@ HermesMixin.begin = begin
 def test_a_worker_that_cannot_help_others_serves(serve, kind: str):
     server = serve(kind, "ours", conf=BEGIN_FAILS, workers=1)
     assert server.get("/pid")
-    assert server.lines("does not help others")
+    assert server.lines("does not take over other")

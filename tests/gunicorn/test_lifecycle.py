@@ -38,7 +38,7 @@ def test_a_reload_with_a_broken_configuration_changes_nothing(start, text):
     with under_load(server) as failures:
         conf.write_text(FIRST_LINES + text + "\n")
         server.signal(signal.SIGHUP)
-        wait_for(lambda: server.lines("ERROR", "the new configuration cannot be loaded"), "a word")
+        wait_for(lambda: server.lines("ERROR", "reload rejected"), "a word")
         assert server.worker_pids() == old
         # And once it is mended all is as ever.
         conf.write_text(FIRST_LINES + "keepalive = 3\n")
@@ -90,7 +90,7 @@ def test_a_reload_to_an_address_in_use_changes_nothing(start):
         taken = f"127.0.0.1:{other.getsockname()[1]}"
         conf.write_text(conf.read_text() + f"bind = ['127.0.0.1:{port}', '{taken}']\n")
         server.signal(signal.SIGHUP)
-        wait_for(lambda: server.lines("all goes on with the old one"), "a word")
+        wait_for(lambda: server.lines("Still running with the previous configuration"), "a word")
         assert server.lines("Can't connect to", str(other.getsockname()[1]))
         assert server.worker_pids() == old
     assert failures == []
@@ -163,9 +163,9 @@ def test_after_an_upgrade_that_fails_the_kernel_dispatches_to_the_old_workers(
         for _ in range(times):
             master = new_master(server, pidfile)
             children = master.children()
-            count = len(server.lines("taken back"))
+            count = len(server.lines("restored after the upgrade"))
             master.send_signal(number)
-            wait_for(lambda n=count: len(server.lines("taken back")) > n, "a word")
+            wait_for(lambda n=count: len(server.lines("restored after the upgrade")) > n, "a word")
             wait_for(lambda c=children: not any(p.is_running() for p in c), "their end")
             Path(f"{pidfile}.2").unlink(missing_ok=True)
     # QUIT ends requests, in our workers as in gunicorn's.

@@ -122,7 +122,7 @@ def test_what_an_arbiter_has_forked_does_not_keep_the_next_from_dispatching(laun
     server.wait_ended()
     # It has the first arbiter's listener, and nothing of its socket array and program.
     server = holder.start(launch, "systemd", *UNHURRIED, "--hermes-strict")
-    assert not server.lines("WARNING", "hermes:", "is in use by another server")
+    assert not server.lines("WARNING", "hermes:", "another server, or a process")
     wait_for(lambda: dispatches(server), "dispatch by the kernel")
     psutil.Process(child).kill()
 
@@ -132,7 +132,7 @@ def test_two_servers_on_a_held_socket_both_serve(launch, holder):
     one = holder.start(launch, "systemd", *UNHURRIED)
     with under_load(one) as failures:
         two = holder.start(launch, "systemd", *UNHURRIED)
-        assert len(two.lines("WARNING", "hermes:", "is in use by another server")) == 1
+        assert len(two.lines("WARNING", "hermes:", "another server, or a process")) == 1
         one.signal(signal.SIGTERM)
         one.wait_ended()
     assert failures == []
@@ -348,5 +348,5 @@ def test_when_a_worker_takes_the_program_away_requests_are_answered(start, attac
         server.wait_ready()
         wait_for(lambda: dispatches(server), "dispatch by the kernel")
     if then == "turn":
-        (line,) = server.lines("hermes: the eBPF program was not attached to")
+        (line,) = server.lines("hermes: the eBPF program was detached from")
         assert str(server.port) in line

@@ -107,7 +107,7 @@ def test_a_hang_is_seen_while_it_lasts_and_told_afterwards(server):
         wait_for(lambda: not server.status()["healthy"], "a word about it")
         run = ctl(server, "status")
         assert run.returncode == 1
-        assert "1 of 3 workers hang" in run.stdout
+        assert "1 of 3 workers hangs" in run.stdout
         assert "hung" in ctl(server, "top", "--once").stdout
         assert "hung: busy for" in ctl(server, "explain").stdout
         (so_far,) = hangs()

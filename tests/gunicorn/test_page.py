@@ -140,7 +140,7 @@ def test_a_hung_worker_is_seen_at_a_glance(with_page, browser, pictures):
     server, url = with_page(workers=8)
     with one_hung(server):
         browser.open(url)
-        wait_for(lambda: "1 of 8 workers hang" in browser.all("#health")[0], "a word about it")
+        wait_for(lambda: "1 of 8 workers hangs" in browser.all("#health")[0], "a word about it")
         (hung,) = browser.all(".worker.hung")
         assert "hung" in hung
         assert len(browser.all(".worker")) == 8
