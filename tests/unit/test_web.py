@@ -40,7 +40,7 @@ def test_an_error_is_answered_and_logged_once(port, caplog):
                     answer = connection.getresponse()
                     assert (answer.status, b"error log" in answer.read()) == (500, True)
     assert [record.getMessage() for record in caplog.records] == [
-        "hermes: hermes_stats cannot answer /stats.json",
-        "hermes: hermes_stats cannot answer /metrics",
+        "hermes: error in hermes_stats at /stats.json",
+        "hermes: error in hermes_stats at /metrics",
     ]
     assert "the cause" in caplog.text
