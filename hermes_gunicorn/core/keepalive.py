@@ -11,9 +11,9 @@ on a new connection it would go there. What is decided here, and how often:
 2. *Is it worth it for this client now?* (``Keeping.pays``, and ``policy.free_siblings`` by the
    caller, once for each response while the answer to 1 is yes.) Only if the wait that is
    expected here clearly exceeds what a connection costs, and a sibling is free.
-3. *Is it safe?* (``unread``, and ``workers/closing.py`` for what a server has buffered.) The
-   kernel resets a connection that is closed while something in it has not been read, and the
-   client may lose the response with it.
+3. *Is it safe?* (``unread``; for what a server has buffered, ``workers/closing.py`` and
+   ``aio/last_response.py``.) The kernel resets a connection that is closed while something in it
+   has not been read, and the client may lose the response with it.
 
 Stock gunicorn does none of this, so every doubt is decided for keeping the connection.
 """
@@ -29,7 +29,19 @@ import struct
 import termios
 from typing import Any, Final
 
-__all__ = ["Keeping", "round_trip_ns", "unread", "waited_for_cores"]
+__all__ = [
+    "NO_BODY",
+    "SHORT_RESPONSE",
+    "Keeping",
+    "round_trip_ns",
+    "unread",
+    "waited_for_cores",
+]
+
+# Bytes of a response that a socket takes at once. While a longer one is sent everything may
+# change, and a connection that has carried one is worth keeping for its congestion window.
+SHORT_RESPONSE: Final = 65536
+NO_BODY: Final = (204, 304)
 
 _BUSY: Final = 1 / 3  # of the time held by requests: from here on connections are closed
 _CALM: Final = 1 / 5  # the same: from here on they are kept again

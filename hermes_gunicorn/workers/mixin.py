@@ -30,9 +30,8 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-__all__ = ["HANDSHAKE_GRACE", "HermesMixin"]
+__all__ = ["HermesMixin"]
 
-HANDSHAKE_GRACE: Final = 1.0  # seconds: a connection sent here may still be on its way
 _MIND_NS: Final = 1_000_000  # between ends of turns at which more than publishing is done
 _HELD_NS: Final = 200_000_000  # after a request that held the loop: others may as well
 _BOOKED_WITHIN: Final = 0.01  # seconds: the kernel chooses first and books then
@@ -70,6 +69,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
     assignment: Assignment | None = None
     publisher: Publisher
     keeping: Keeping
+    handshake_grace = 1.0  # seconds: a connection sent here may still be on its way
     serves_inline = False  # accepting a connection is serving it
     may_close = True  # obeys ``keeping``
     holds = False
@@ -319,7 +319,7 @@ class HermesMixin(_Base):  # type: ignore[misc]
 
     def in_grace(self) -> bool:
         """After ``leave``: whether it is too early to give up those who say nothing."""
-        grace = min(HANDSHAKE_GRACE, float(self.cfg.graceful_timeout))
+        grace = min(self.handshake_grace, float(self.cfg.graceful_timeout))
         return not self._stops_at_once and monotonic() - self._left < grace
 
     def _turned(self, woke_ns: int) -> int:
@@ -413,6 +413,12 @@ class HermesMixin(_Base):  # type: ignore[misc]
                 " responses so that those clients reconnect to an idle worker (hermes_keepalive)"
             )
         return pays
+
+    def keepalive_failed(self) -> None:
+        """Log an error in that decision, once; the connection is kept."""
+        if not self.keeping.failed:
+            self.keeping.failed = True
+            self.log.exception("hermes: error in hermes_keepalive; the connection is kept")
 
     def notify(self) -> None:
         """Tell the arbiter that the loop turns."""

@@ -22,7 +22,7 @@ from gunicorn_server import Server, free_port, listens, wait_for
 SUPPORT = Path(__file__).parents[1] / "support"
 UVICORN = """
 from uvicorn_worker import UvicornWorker
-from hermes_gunicorn.workers.asyncio import HermesAsyncioMixin
+from hermes_gunicorn.workers.asgi import HermesAsyncioMixin
 
 class Stock(UvicornWorker):
     CONFIG_KWARGS = {"loop": "auto", "http": "auto"} | OPTIONS
@@ -292,7 +292,7 @@ def test_clients_that_send_no_request_do_not_keep_others_waiting(
 
 CONTRACT = """
 from asyncio_contract import Contract as Stock
-from hermes_gunicorn.workers.asyncio import HermesAsyncioMixin
+from hermes_gunicorn.workers.asgi import HermesAsyncioMixin
 
 class Ours(HermesAsyncioMixin, Stock): ...
 """
@@ -323,7 +323,7 @@ def test_create_server_does_what_the_loops_own_does(launch, loop: str, certifica
 
 ONE_FAILS = """
 from gunicorn.workers.gasgi import ASGIWorker
-from hermes_gunicorn.workers.asyncio import HermesAsyncioMixin
+from hermes_gunicorn.workers.asgi import HermesAsyncioMixin
 
 class Stock(ASGIWorker):
     async def _serve(self):

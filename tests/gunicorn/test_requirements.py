@@ -69,3 +69,10 @@ def test_the_core_is_the_standard_librarys():
         "    importlib.import_module(f'hermes_gunicorn.core.{name}')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_old_place_of_the_asyncio_mixin_names_the_new_one():
+    from hermes_gunicorn.workers import asgi, asyncio
+
+    with pytest.warns(DeprecationWarning, match=r"hermes_gunicorn\.workers\.asgi\.HermesAsyncio"):
+        assert asyncio.HermesAsyncioMixin is asgi.HermesAsyncioMixin

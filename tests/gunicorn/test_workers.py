@@ -137,7 +137,7 @@ NEVER = 0.0  # as a hang threshold
 # A client that says nothing is to be waited for, however slow the test is.
 SAY_WHEN_LEAVING = """
 from hermes_gunicorn.workers import mixin
-mixin.HANDSHAKE_GRACE = 60
+mixin.HermesMixin.handshake_grace = 60
 HermesMixin = mixin.HermesMixin
 leave = HermesMixin.leave
 def leave_and_say(worker):

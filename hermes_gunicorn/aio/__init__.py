@@ -1,0 +1,1 @@
+"""Serving on any asyncio loop, uvloop's included."""
