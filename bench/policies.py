@@ -22,8 +22,15 @@ import plots
 
 from hermes_gunicorn.core import policy
 from hermes_gunicorn.core.cascade import INTERVAL_NS
-from hermes_gunicorn.core.layout import ALL_SLOTS, CASCADE, LEAST_LOADED, READY, SHARED_SLOT, WEIGHT
-from hermes_gunicorn.core.table import Row
+from hermes_gunicorn.core.layout import (
+    ALL_SLOTS,
+    CASCADE,
+    LEAST_LOADED,
+    READY,
+    SHARED_SLOT,
+    WEIGHT,
+    Row,
+)
 
 MS = 1_000_000  # nanoseconds
 THRESHOLD_NS = 10 * MS

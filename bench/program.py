@@ -28,8 +28,9 @@ from hermes_gunicorn.core.layout import POLICIES, READY
 from hermes_gunicorn.core.row import Publisher
 from hermes_gunicorn.core.table import Table
 from hermes_gunicorn.kernel import bpf
-from hermes_gunicorn.kernel.dispatcher import KernelDispatcher, KernelTable
+from hermes_gunicorn.kernel.dispatcher import KernelDispatcher
 from hermes_gunicorn.kernel.program import Program
+from hermes_gunicorn.kernel.table import KernelTable
 
 SLOTS = (2, 8, 64, 256, 1024)
 WORKERS = (8, 64, 256)

@@ -9,7 +9,7 @@ import pytest
 from kernel_bind import Bind, MakeBind
 
 from hermes_gunicorn.kernel import bpf
-from hermes_gunicorn.kernel.dispatcher import KernelTable
+from hermes_gunicorn.kernel.table import KernelTable
 
 pytest_plugins = ["needs", "repeats"]
 

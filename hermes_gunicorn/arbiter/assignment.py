@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 from typing import TYPE_CHECKING, Final
 
+from hermes_gunicorn.core.binds import Bind
 from hermes_gunicorn.core.layout import SHARED_SLOT
 from hermes_gunicorn.core.row import Publisher
-from hermes_gunicorn.core.table import Bind
 
 if TYPE_CHECKING:
     from gunicorn.sock import BaseSocket

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hermes_gunicorn.arbiter import forks, reload, settings
+from hermes_gunicorn.arbiter import configuration, forks, reload
 from hermes_gunicorn.arbiter.manager import DispatchManager
 from hermes_gunicorn.core.errors import StartError, StrictError
 
@@ -34,7 +34,7 @@ def _manager(server: Arbiter) -> DispatchManager:
     """
     manager = getattr(server, "hermes", None)
     if manager is None:
-        settings.complete(server.app, server.cfg)
+        configuration.complete(server.app, server.cfg)
         manager = server.hermes = DispatchManager(server)
         # HUP may bring another worker class; our hooks stay.
         reload.after_setup(server, lambda: install(server.cfg))
@@ -43,8 +43,8 @@ def _manager(server: Arbiter) -> DispatchManager:
 
 def _when_ready(server: Arbiter) -> None:
     try:
-        settings.complete(server.app, server.cfg)
-        settings.check(server.cfg)
+        configuration.complete(server.app, server.cfg)
+        configuration.check(server.cfg)
         _manager(server).prepare(bool(server.cfg.hermes_strict))
     except Exception as error:
         if not (server.cfg.hermes_strict or isinstance(error, StartError)):
@@ -132,7 +132,7 @@ def install(cfg: Config) -> None:
     Raises:
         HermesError: a ``hermes_*`` value is not valid.
     """
-    settings.ensure(cfg)
+    configuration.ensure(cfg)
     forks.watch()
     for name, ours in _HOOKS.items():
         setting = cfg.settings[name]

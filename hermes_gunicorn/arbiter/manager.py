@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import gunicorn
 from gunicorn import sock
 
-from hermes_gunicorn.arbiter import forks, reload, settings, upgrade
+from hermes_gunicorn.arbiter import configuration, forks, reload, upgrade
 from hermes_gunicorn.arbiter.assignment import Assignment
 from hermes_gunicorn.arbiter.monitor import Monitor
 from hermes_gunicorn.arbiter.statsd import Reporter
 from hermes_gunicorn.arbiter.turns import Turns
 from hermes_gunicorn.core import shm
+from hermes_gunicorn.core.binds import Bind
 from hermes_gunicorn.core.errors import StrictError, Unsupported
 from hermes_gunicorn.core.layout import (
     ALL_SLOTS,
@@ -29,10 +30,11 @@ from hermes_gunicorn.core.layout import (
 from hermes_gunicorn.core.shm import Memory
 from hermes_gunicorn.core.slots import Slots
 from hermes_gunicorn.core.socket_info import address_of, backlog
-from hermes_gunicorn.core.table import Bind, Table, tuned
+from hermes_gunicorn.core.table import Table, tuned
 from hermes_gunicorn.core.words import count
 from hermes_gunicorn.kernel import refusals
-from hermes_gunicorn.kernel.dispatcher import KernelDispatcher, KernelTable
+from hermes_gunicorn.kernel.dispatcher import KernelDispatcher
+from hermes_gunicorn.kernel.table import KernelTable
 
 if TYPE_CHECKING:
     from gunicorn.arbiter import Arbiter
@@ -248,11 +250,11 @@ class DispatchManager:
 
     def _warn_of_ignored(self, cfg: Config) -> None:
         """Say which settings have no effect, that their author may not be misled."""
-        for name in settings.unknown(cfg):
+        for name in configuration.unknown(cfg):
             self.server.log.warning(
                 "hermes: %s is not a setting and has no effect; did you mean %s?",
                 name,
-                settings.nearest(name),
+                configuration.nearest(name),
             )
         for name, value in self._at_start.items():
             if cfg.settings[name].get() != value:
@@ -276,7 +278,7 @@ class DispatchManager:
         """Publish for each address how it is grouped and which slots may serve it."""
         cfg = self.server.cfg
         group_by = GROUP_BY.index(cfg.hermes_group_by)
-        shares = settings.bind_shares(cfg)
+        shares = configuration.bind_shares(cfg)
         for listener, bind in self.binds.items():
             if listener.sock is None:
                 continue  # closed, as the server stops

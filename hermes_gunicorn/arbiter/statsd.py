@@ -13,8 +13,9 @@ from typing import Any
 from gunicorn.instrument.statsd import Statsd
 
 from hermes_gunicorn.core import policy
+from hermes_gunicorn.core.binds import Bind
 from hermes_gunicorn.core.layout import READY
-from hermes_gunicorn.core.table import Bind, Table
+from hermes_gunicorn.core.table import Table
 
 __all__ = ["Reporter"]
 

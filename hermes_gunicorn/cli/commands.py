@@ -22,7 +22,7 @@ from hermes_gunicorn.cli import doctor as checks
 from hermes_gunicorn.cli import tables
 from hermes_gunicorn.core import policy
 from hermes_gunicorn.core.errors import HermesError
-from hermes_gunicorn.core.table import Row
+from hermes_gunicorn.core.layout import Row
 from hermes_gunicorn.monitor import control
 from hermes_gunicorn.monitor.control import Found
 

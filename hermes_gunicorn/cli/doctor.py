@@ -12,9 +12,10 @@ from typing import Final
 
 from hermes_gunicorn.core.errors import KernelError, LoaderError, Unsupported
 from hermes_gunicorn.kernel import loader, refusals
-from hermes_gunicorn.kernel.dispatcher import KernelDispatcher, KernelTable
+from hermes_gunicorn.kernel.dispatcher import KernelDispatcher
 from hermes_gunicorn.kernel.listener import TcpListener
 from hermes_gunicorn.kernel.refusals import Facts
+from hermes_gunicorn.kernel.table import KernelTable
 
 __all__ = ["Check", "Report", "examine"]
 

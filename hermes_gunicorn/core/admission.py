@@ -16,9 +16,9 @@ from time import monotonic_ns
 from typing import Any, Final
 
 from hermes_gunicorn.core import policy
+from hermes_gunicorn.core.binds import Bind
 from hermes_gunicorn.core.layout import CASCADE
 from hermes_gunicorn.core.row import Publisher
-from hermes_gunicorn.core.table import Bind
 
 __all__ = ["PAUSE", "Admission"]
 

@@ -39,6 +39,7 @@ __all__ = [
     "WEIGHT",
     "WORD_MASK",
     "WORKER",
+    "Row",
     "Struct",
 ]
 
@@ -150,3 +151,32 @@ BIND: Final = Struct(
 )
 ALLOWED: Final = Struct("hermes_allowed", (("slots", 1),))
 COUNTERS: Final = tuple(name for name, _ in BIND.fields[: BIND.index("reserved")])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One slot as it was read. Words of a live table change while they are read."""
+
+    slot: int
+    state: int
+    busy_since_ns: int
+    requests: int
+    connections: int
+    weight: int
+    settled: int
+    accepted: int
+    frozen_since_ns: int
+    dispatched: int
+    last_dispatch_ns: int
+    generation: int
+    capacity: int
+    rescued: int
+    rescued_at_ns: int
+    pid: int
+    drained: int
+
+    @property
+    def queued(self) -> int:
+        """Connections sent here that nobody has taken yet."""
+        queued = (self.dispatched - self.settled) & WORD_MASK
+        return queued if queued <= MAX_QUEUED else 0

@@ -51,8 +51,9 @@ from hermes_gunicorn.core.layout import (
     SHARED_SLOT,
     SLOTS_PER_GROUP,
     WEIGHT,
+    Row,
 )
-from hermes_gunicorn.core.table import Columns, Row
+from hermes_gunicorn.core.table import Columns
 
 __all__ = [
     "NEVER",

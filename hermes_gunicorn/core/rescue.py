@@ -26,10 +26,9 @@ from time import monotonic_ns
 from typing import Any, Final
 
 from hermes_gunicorn.core import policy
-from hermes_gunicorn.core.layout import LEAST_LOADED
+from hermes_gunicorn.core.layout import LEAST_LOADED, Row
 from hermes_gunicorn.core.row import Publisher
 from hermes_gunicorn.core.socket_info import waiting
-from hermes_gunicorn.core.table import Row
 
 __all__ = ["Rescuer"]
 

@@ -8,20 +8,14 @@ so counters are kept as Python ints and stored, never read back.
 
 from __future__ import annotations
 
-import mmap
-import struct
 from collections.abc import Collection
-from dataclasses import dataclass
 from time import monotonic_ns
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
+from hermes_gunicorn.core.binds import Buffer, read_bitmap
 from hermes_gunicorn.core.layout import (
-    ALL_SLOTS,
-    ALLOWED,
-    BIND,
     BOOTING,
     CONTROL,
-    COUNTERS,
     DRAINING,
     FREE,
     GROUP,
@@ -34,9 +28,10 @@ from hermes_gunicorn.core.layout import (
     WEIGHT,
     WORD_MASK,
     WORKER,
+    Row,
 )
 
-__all__ = ["Bind", "Columns", "Row", "Table", "tuned"]
+__all__ = ["Columns", "Table", "tuned"]
 
 _STATE: Final = WORKER.index("state")
 _GENERATION: Final = WORKER.index("generation")
@@ -57,8 +52,6 @@ _DRAINED: Final = WORKER.index("drained")
 _THETA: Final = CONTROL.index("theta")
 _ELIGIBLE: Final = GROUP.index("eligible")
 _SELECTED: Final = GROUP.index("selected")
-_GROUP_BY: Final = BIND.index("group_by")
-_SEED: Final = BIND.index("seed")
 
 _OWNED_WORDS: Final = (
     *(_BUSY_SINCE, _REQUESTS, _CONNECTIONS, _SETTLED, _ACCEPTED),
@@ -66,110 +59,6 @@ _OWNED_WORDS: Final = (
 )
 
 _TRIES: Final = 4
-
-Buffer: TypeAlias = mmap.mmap | memoryview | bytearray
-
-
-@dataclass(frozen=True)
-class Row:
-    """One slot as it was read. Words of a live table change while they are read."""
-
-    slot: int
-    state: int
-    busy_since_ns: int
-    requests: int
-    connections: int
-    weight: int
-    settled: int
-    accepted: int
-    frozen_since_ns: int
-    dispatched: int
-    last_dispatch_ns: int
-    generation: int
-    capacity: int
-    rescued: int
-    rescued_at_ns: int
-    pid: int
-    drained: int
-
-    @property
-    def queued(self) -> int:
-        """Connections sent here that nobody has taken yet."""
-        queued = (self.dispatched - self.settled) & WORD_MASK
-        return queued if queued <= MAX_QUEUED else 0
-
-
-def _bitmap(words: memoryview) -> int:
-    """Read a bitmap of several words as one number, bit s for slot s."""
-    return int.from_bytes(struct.pack(f"<{len(words)}Q", *words), "little")
-
-
-class Bind:
-    """What the table holds for one bind address: counters, and who may serve it.
-
-    Args:
-        memory: writable buffer of ``BIND.size`` bytes or more.
-        allowed: writable buffer of ``MAX_GROUPS * ALLOWED.size`` bytes or more.
-    """
-
-    def __init__(self, memory: Buffer, allowed: Buffer) -> None:
-        self._words = memoryview(memory).cast("B")[: BIND.size].cast("Q")
-        self._allowed = memoryview(allowed).cast("B")[: MAX_GROUPS * ALLOWED.size].cast("Q")
-        self._decided: int | None = None
-        self._grouping: tuple[int, int] | None = None
-        if not any(self._allowed):  # new memory
-            self.allowed = ALL_SLOTS
-
-    @staticmethod
-    def sizes() -> tuple[int, int]:
-        """Return how much memory the parts need, in bytes."""
-        return BIND.size, MAX_GROUPS * ALLOWED.size
-
-    def restore(self) -> None:
-        """Store what this process decided once more, where somebody has overwritten it."""
-        if self._decided is not None and self.allowed != self._decided:
-            self.allowed = self._decided
-        if self._grouping is not None:
-            self.group_by(*self._grouping)
-
-    def release(self) -> None:
-        """Let go of the memory."""
-        self._words.release()
-        self._allowed.release()
-
-    def counters(self) -> dict[str, int]:
-        """Read the counters by name."""
-        return dict(zip(COUNTERS, self._words, strict=False))
-
-    @property
-    def allowed(self) -> int:
-        """The slots that may serve this address, bit s for slot s."""
-        return _bitmap(self._allowed)
-
-    @allowed.setter
-    def allowed(self, bits: int) -> None:
-        self._decided = bits
-        for group in range(MAX_GROUPS):
-            self._allowed[group] = bits >> group * SLOTS_PER_GROUP & WORD_MASK
-
-    def allows(self, slot: int) -> bool:
-        """Tell whether a slot may serve this address.
-
-        An empty bitmap allows all slots: it is never decided, only written by mistake.
-        """
-        group, bit = divmod(slot, SLOTS_PER_GROUP)
-        return bool(self._allowed[group] >> bit & 1) or not any(self._allowed)
-
-    def group_by(self, what: int, seed: int) -> None:
-        """Say what a connection's locality group depends on.
-
-        Args:
-            what: an index into ``GROUP_BY``.
-            seed: 32 bits that tell this address from others.
-        """
-        self._grouping = what, seed
-        self._words[_GROUP_BY] = what
-        self._words[_SEED] = seed
 
 
 class Columns(NamedTuple):
@@ -304,11 +193,11 @@ class Table:
 
     def eligible(self) -> int:
         """Read the eligibility bitmap as one number, bit s for slot s."""
-        return _bitmap(self._groups[_ELIGIBLE :: GROUP.words])
+        return read_bitmap(self._groups[_ELIGIBLE :: GROUP.words])
 
     def selected(self) -> int:
         """Read what the cascade's first stage selected, bit s for slot s."""
-        return _bitmap(self._groups[_SELECTED :: GROUP.words])
+        return read_bitmap(self._groups[_SELECTED :: GROUP.words])
 
     def select(self, group: int, bits: int) -> None:
         """Publish what the cascade's first stage selected in a group of 64."""

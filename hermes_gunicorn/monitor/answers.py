@@ -24,8 +24,7 @@ from typing import (
 )
 
 from hermes_gunicorn.core.errors import HermesError
-from hermes_gunicorn.core.layout import MAX_SLOTS
-from hermes_gunicorn.core.table import Row
+from hermes_gunicorn.core.layout import MAX_SLOTS, Row
 
 __all__ = ["ANSWERS", "Refusal", "Status", "plain", "read"]
 

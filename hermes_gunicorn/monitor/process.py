@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from hermes_gunicorn.core import privileges
-from hermes_gunicorn.core.table import Bind, Table
+from hermes_gunicorn.core.binds import Bind
+from hermes_gunicorn.core.table import Table
 from hermes_gunicorn.monitor import control
 from hermes_gunicorn.monitor.channel import ASKED, LOGGED, MESSAGE
 from hermes_gunicorn.monitor.watch import EVERY, Watch

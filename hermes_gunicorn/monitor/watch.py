@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from hermes_gunicorn.core import policy
-from hermes_gunicorn.core.layout import DRAINING, FREE, POLICIES, READY, SHARED_SLOT, STATES
+from hermes_gunicorn.core.binds import Bind
+from hermes_gunicorn.core.layout import DRAINING, FREE, POLICIES, READY, SHARED_SLOT, STATES, Row
 from hermes_gunicorn.core.shm import Mapping
-from hermes_gunicorn.core.table import Bind, Row, Table, tuned
+from hermes_gunicorn.core.table import Table, tuned
 from hermes_gunicorn.core.words import count
 
 try:

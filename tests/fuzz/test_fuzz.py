@@ -24,9 +24,10 @@ from rich.console import Console
 
 from hermes_gunicorn.cli import commands, tables
 from hermes_gunicorn.core import policy
+from hermes_gunicorn.core.binds import Bind
 from hermes_gunicorn.core.errors import HermesError
 from hermes_gunicorn.core.row import Publisher
-from hermes_gunicorn.core.table import Bind, Table
+from hermes_gunicorn.core.table import Table
 from hermes_gunicorn.monitor import answers, control, metrics, web
 from hermes_gunicorn.monitor.channel import NAMES
 from hermes_gunicorn.monitor.watch import Watch

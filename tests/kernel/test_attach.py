@@ -20,7 +20,8 @@ from kernel_bind import Bind, MakeBind, set_row
 import hermes_gunicorn  # noqa: F401  (registers the settings)
 from hermes_gunicorn.arbiter.assignment import Assignment
 from hermes_gunicorn.core.layout import FREE, READY, SHARED_SLOT
-from hermes_gunicorn.kernel.dispatcher import KernelDispatcher, KernelTable
+from hermes_gunicorn.kernel.dispatcher import KernelDispatcher
+from hermes_gunicorn.kernel.table import KernelTable
 
 SO_LOCK_FILTER = 44
 SO_ATTACH_REUSEPORT_CBPF = 51

@@ -18,8 +18,8 @@ from hermes_gunicorn.core.errors import BpfError
 from hermes_gunicorn.core.layout import ALLOWED, BIND, CONTROL, DRAINING, GROUP, READY, WORKER
 from hermes_gunicorn.kernel import bpf
 from hermes_gunicorn.kernel import loader as loaders
-from hermes_gunicorn.kernel.dispatcher import KernelTable
 from hermes_gunicorn.kernel.program import Program
+from hermes_gunicorn.kernel.table import KernelTable
 
 VERIFIER_BUDGET = 100_000  # instructions; the kernel's limit is a million
 
@@ -121,7 +121,7 @@ def test_nothing_is_left_open(kernel: KernelTable, make_bind: MakeBind):
 
 NOBODY = """
 import os
-from hermes_gunicorn.kernel.dispatcher import KernelTable
+from hermes_gunicorn.kernel.table import KernelTable
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 KernelTable("object", 256)
 """
@@ -129,7 +129,7 @@ KernelTable("object", 256)
 
 ONLY_CAP_BPF = """
 import ctypes, os, pickle, sys
-from hermes_gunicorn.kernel.dispatcher import KernelTable
+from hermes_gunicorn.kernel.table import KernelTable
 from hermes_gunicorn.kernel import bpf
 program = pickle.load(sys.stdin.buffer)
 PR_SET_KEEPCAPS, CAP_DAC_READ_SEARCH, CAP_BPF = 8, 2, 39

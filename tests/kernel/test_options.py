@@ -14,8 +14,9 @@ from gunicorn.sock import TCP6Socket, TCPSocket
 
 from hermes_gunicorn.core.errors import Unsupported
 from hermes_gunicorn.core.socket_info import waiting
-from hermes_gunicorn.kernel.dispatcher import KernelDispatcher, KernelTable
+from hermes_gunicorn.kernel.dispatcher import KernelDispatcher
 from hermes_gunicorn.kernel.options import OPTIONS, Option
+from hermes_gunicorn.kernel.table import KernelTable
 
 IP_FREEBIND, IP_TRANSPARENT = 15, 19
 TRUE = 1

@@ -23,7 +23,8 @@ from gunicorn.config import Config
 from gunicorn.sock import TCPSocket
 from hermes_gunicorn.cli import doctor
 from hermes_gunicorn.kernel import refusals
-from hermes_gunicorn.kernel.dispatcher import KernelDispatcher, KernelTable
+from hermes_gunicorn.kernel.dispatcher import KernelDispatcher
+from hermes_gunicorn.kernel.table import KernelTable
 from hermes_gunicorn.core.errors import Unsupported
 
 libc = ctypes.CDLL(None, use_errno=True)

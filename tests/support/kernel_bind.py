@@ -16,7 +16,8 @@ from gunicorn.sock import TCP6Socket, TCPSocket
 import hermes_gunicorn  # noqa: F401  (registers the settings)
 from hermes_gunicorn.core.layout import SHARED_SLOT, WEIGHT, WORKER
 from hermes_gunicorn.core.table import Table
-from hermes_gunicorn.kernel.dispatcher import KernelDispatcher, KernelTable
+from hermes_gunicorn.kernel.dispatcher import KernelDispatcher
+from hermes_gunicorn.kernel.table import KernelTable
 
 ANSWERED_WITHIN = 60.0  # seconds; ends a test that hangs
 

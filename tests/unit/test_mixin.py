@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from hermes_gunicorn.core.binds import Bind
 from hermes_gunicorn.core.keepalive import Keeping
 from hermes_gunicorn.core.row import Publisher
-from hermes_gunicorn.core.table import Bind, Table
+from hermes_gunicorn.core.table import Table
 from hermes_gunicorn.workers.mixin import HermesMixin
 
 MS = 1_000_000

@@ -17,8 +17,9 @@ from hermes_gunicorn.core.layout import (
     FREE,
     READY,
     WEIGHT,
+    Row,
 )
-from hermes_gunicorn.core.table import Columns, Row
+from hermes_gunicorn.core.table import Columns
 
 NOW = 1000
 

@@ -10,7 +10,8 @@ import pytest
 from gunicorn.config import Config
 
 import hermes_gunicorn  # noqa: F401  (registers the settings)
-from hermes_gunicorn.arbiter import settings
+from hermes_gunicorn.arbiter import configuration
+from hermes_gunicorn.arbiter.settings import SETTINGS
 
 
 @pytest.mark.parametrize(
@@ -62,12 +63,12 @@ def test_bad_values_are_refused_in_one_line_that_says_what_to_do(name, value, sa
 
 def test_a_configuration_built_before_us_gets_the_settings_from_the_file(monkeypatch):
     cfg = Config()
-    for setting in settings.SETTINGS:
+    for setting in SETTINGS:
         del cfg.settings[setting.name]
     file = ModuleType("__config__")
     file.hermes_hang_threshold = 0.5
     monkeypatch.setitem(sys.modules, "__config__", file)
-    settings.ensure(cfg)
+    configuration.ensure(cfg)
     assert cfg.hermes_hang_threshold == 0.5
     assert cfg.hermes_loader == "auto"
 
@@ -75,5 +76,5 @@ def test_a_configuration_built_before_us_gets_the_settings_from_the_file(monkeyp
 def test_values_set_already_are_left_alone():
     cfg = Config()
     cfg.set("hermes_loader", "bcc")
-    settings.ensure(cfg)
+    configuration.ensure(cfg)
     assert cfg.hermes_loader == "bcc"

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from hermes_gunicorn.core import row
+from hermes_gunicorn.core.binds import Bind
 from hermes_gunicorn.core.layout import (
     CONTROL,
     DRAINING,
@@ -22,7 +23,7 @@ from hermes_gunicorn.core.layout import (
 )
 from hermes_gunicorn.core.row import Publisher
 from hermes_gunicorn.core.shm import Memory
-from hermes_gunicorn.core.table import Bind, Table, tuned
+from hermes_gunicorn.core.table import Table, tuned
 
 SECOND = 1_000_000_000
 
