@@ -211,7 +211,7 @@ def test_a_drained_worker_gets_nothing_new_but_keeps_what_it_has(server):
         kept = [client for client in clients if int(client.get("/pid")) == first["pid"]]
         assert kept
         assert ctl(server, "drain", str(first["slot"])).returncode == 0
-        assert {int(server.get("/pid")) for _ in range(60)} == server.worker_pids() - {first["pid"]}
+        assert first["pid"] not in {int(server.get("/pid")) for _ in range(60)}
         assert all(int(client.get("/pid")) == first["pid"] for client in kept)
     assert "drained" in ctl(server, "explain").stdout
     assert ctl(server, "undrain", str(first["slot"])).returncode == 0
