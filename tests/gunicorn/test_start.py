@@ -6,7 +6,15 @@ import os
 import subprocess
 
 import pytest
-from gunicorn_server import GUNICORN, Client, as_nobody, free_port, under_load, unprivileged
+from gunicorn_server import (
+    GUNICORN,
+    Client,
+    as_nobody,
+    free_port,
+    under_load,
+    unprivileged,
+    wait_for,
+)
 
 NO_HOOK = {"HERMES_GUNICORN_HOOK": "0"}
 FORMS = ["hermes", "hermes_gunicorn.HermesWorker", "egg:hermes-gunicorn#hermes"]
