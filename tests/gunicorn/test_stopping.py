@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from pathlib import Path
 
 import psutil
 import pytest
@@ -72,6 +73,15 @@ def heartbeats_at_the_end(server: Server, pid: int) -> int:
     return int(line.split()[-2])
 
 
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Say whether a process has not been given a signal yet, as it waits for a core."""
+    with contextlib.suppress(OSError):  # it has ended of it
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("ShdPnd:"):
+                return bool(int(line.split()[1], 16) >> number - 1 & 1)
+    return False
+
+
 @contextlib.contextmanager
 def at_work_with_a_queue(server: Server, waiting: int):
     """Have both workers block until released, with so many more that block behind them."""
@@ -104,6 +114,7 @@ def test_who_is_to_stop_at_once_begins_no_further_request(start, worker_class, n
         victim = min(server.worker_pids())
         begun = len(server.lines(f"{victim} begins"))
         psutil.Process(victim).send_signal(number)
+        wait_for(lambda: not is_pending(victim, number), "the signal to arrive")
         server.release("end")
         heartbeats_at_the_end(server, victim)
         # gevent is told when its loop has turned once more, as the stock class is.
