@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from gunicorn import util
 from gunicorn.config import KNOWN_SETTINGS, Setting, validate_bool
 
 from hermes_gunicorn.core.layout import BY_DESTINATION, GROUP_BY, LEAST_LOADED, MAX_GROUPS, POLICIES
 from hermes_gunicorn.kernel.loader import LOADERS
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["SETTINGS"]
 
@@ -25,13 +22,18 @@ MODES = ("auto", "kernel", "shared")
 KEEPALIVE = ("auto", "always")
 
 
-def _validate_threshold(value: Any) -> float:
+def _number(value: Any) -> float:
+    """Return a number, or NaN, which is in no range, for what is none."""
     try:
-        seconds = float(value)
+        return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        seconds = math.nan
+        return math.nan
+
+
+def _validate_threshold(value: Any) -> float:
+    seconds = _number(value)
     # The paper's and our own range: below a millisecond every request is a hang.
-    if isinstance(value, bool) or not (seconds == 0 or 0.001 <= seconds <= 3600):
+    if not (seconds == 0 or 0.001 <= seconds <= 3600):
         raise ValueError(
             f"hermes_hang_threshold must be 0 (off) or 0.001 to 3600 seconds, not {value!r}"
         )
@@ -48,21 +50,15 @@ def _one_of(name: str, choices: Sequence[str]) -> Callable[[Any], str]:
 
 
 def _validate_rescue_after(value: Any) -> float:
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if isinstance(value, bool) or not 0 <= seconds <= 3600:
+    seconds = _number(value)
+    if not 0 <= seconds <= 3600:
         raise ValueError(f"hermes_rescue_after must be 0 to 3600 seconds, not {value!r}")
     return seconds
 
 
 def _validate_theta(value: Any) -> float:
-    try:
-        theta = float(value)
-    except (TypeError, ValueError):
-        theta = math.nan
-    if isinstance(value, bool) or not 0 <= theta <= 1000:
+    theta = _number(value)
+    if not 0 <= theta <= 1000:
         raise ValueError(f"hermes_theta must be 0 to 1000, not {value!r}")
     return theta
 
